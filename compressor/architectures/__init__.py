@@ -1,0 +1,1 @@
+"""Network definitions; `build.py` holds the one mapping from name to builder."""

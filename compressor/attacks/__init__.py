@@ -1,0 +1,1 @@
+"""Attacks: `protocol.py` says what one is, `build.py` which one a recipe means."""

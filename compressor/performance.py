@@ -1,0 +1,87 @@
+"""From `PerformanceSettings` to a device and a number format that exist on this machine.
+
+Nothing here changes what is computed, only how fast and with how many bits while training;
+verification is always float32.
+"""
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from compressor.errors import DeviceError
+from compressor.recipe import PerformanceSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Performance:
+    """Where and in which format a run computes."""
+
+    device: torch.device
+    training_dtype: torch.dtype = torch.float32
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Mixed precision for the forward passes of training; nothing in float32."""
+        if self.training_dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.training_dtype)
+
+    def place_network(self, network: nn.Module) -> nn.Module:
+        """The same module on the device, its 4-D weights in the layout convolutions like."""
+        return network.to(device=self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+    def place_images(self, x_NCHW: Tensor) -> Tensor:
+        """The images on the device in the layout convolutions like."""
+        return x_NCHW.to(self.device, non_blocking=True).contiguous(
+            memory_format=torch.channels_last
+        )
+
+
+def resolve_performance(settings: PerformanceSettings) -> Performance:
+    """Choose device and format, and set the number of threads of this process.
+
+    Raises:
+        DeviceError: if the device that was asked for is not there.
+    """
+    if settings.num_threads is not None:
+        torch.set_num_threads(settings.num_threads)
+    device = _resolve_device(settings.device)
+    if settings.training_dtype == "auto":
+        fast = multiplies_bfloat16(device)
+        return Performance(device=device, training_dtype=torch.bfloat16 if fast else torch.float32)
+    return Performance(device=device, training_dtype=getattr(torch, settings.training_dtype))
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 products are faster than float32 here: AMX CPUs, Ampere and later GPUs.
+
+    `ONEDNN_MAX_CPU_ISA` can hide the matrix units of a CPU from PyTorch, so it is obeyed.
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device)[0] >= 8
+    if device.type != "cpu":
+        return False
+    hidden = os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper() not in _ISAS_WITH_AMX
+    return torch.cpu._is_amx_tile_supported() and not hidden  # noqa: SLF001 (no public name yet)
+
+
+_ISAS_WITH_AMX = {"ALL", "DEFAULT", "AVX512_CORE_AMX", "AVX512_CORE_AMX_FP16", "AVX10_1_512_AMX"}
+
+
+def _resolve_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise DeviceError(f"device {name!r} is not known; use auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise DeviceError(
+            f"device {name!r} was asked for, but PyTorch {torch.__version__} sees no CUDA device; "
+            "use --device cpu, or run `robust-compress doctor`"
+        )
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise DeviceError(f"device {name!r} is not there: {torch.cuda.device_count()} CUDA devices")
+    return device

@@ -1,0 +1,1 @@
+"""Turn a finished student into a file, and prove that the file is the same model."""
