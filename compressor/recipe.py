@@ -255,6 +255,7 @@ class PerformanceSettings(_Table):
     memory_budget_mib: _Count = 4096
     """Data sets larger than this, as uint8, are streamed from disk."""
     cache_images: bool = True
+    log_every_steps: _Count = 10
     checkpoint_every_minutes: _Positive = 10.0
     keep_every_epochs: _Count | None = None
     """Keep the checkpoint of every such epoch, beside the best and the last two."""
@@ -299,13 +300,16 @@ def read_table(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
         table = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except FileNotFoundError:
-        raise RecipeError(f"{path} does not exist. Recipes to start from: examples/recipes") from None
+        raise RecipeError(
+            f"{path} does not exist. Recipes to start from: examples/recipes"
+        ) from None
     except OSError as error:
         raise RecipeError(f"{path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise RecipeError(f"{path} is not a text file in UTF-8; a recipe is a TOML file") from None
     except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
-        raise RecipeError(f"{path} is not valid {path.suffix[1:].upper() or 'TOML'}: {error}") from None
+        kind = path.suffix[1:].upper() or "TOML"
+        raise RecipeError(f"{path} is not valid {kind}: {error}") from None
     if not isinstance(table, dict):
         raise RecipeError(f"{path} holds a {type(table).__name__}, not tables of settings")
     return table
@@ -329,7 +333,8 @@ def apply_override(table: dict[str, Any], override: str) -> None:
         value = text.strip()
     place: Any = table
     for key in keys[:-1]:
-        place = place.setdefault(key, {}) if isinstance(place, dict) else _item(place, key, override)
+        is_table = isinstance(place, dict)
+        place = place.setdefault(key, {}) if is_table else _item(place, key, override)
     if isinstance(place, dict):
         place[keys[-1]] = value
     elif isinstance(place, list):
@@ -362,7 +367,7 @@ def canonical_json(value: object) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
-def _item(place: object, key: str, override: str) -> Any:
+def _item(place: object, key: str, override: str) -> Any:  # noqa: ANN401 (parsed TOML)
     if isinstance(place, list) and key.isdigit() and int(key) < len(place):
         return place[int(key)]
     have = f"a list of {len(place)}" if isinstance(place, list) else repr(place)
@@ -427,7 +432,7 @@ _WORDING = {
 }
 
 
-def _explain(problem: Any) -> list[str]:
+def _explain(problem: Mapping[str, Any]) -> list[str]:
     """One of pydantic's findings in our words; several lines for our own cross checks."""
     place = _without_union_tags([str(part) for part in problem["loc"]])
     dotted, kind, given = ".".join(place), problem["type"], problem["input"]
@@ -461,12 +466,12 @@ def _without_union_tags(place: list[str]) -> list[str]:
 
 
 def _suggestion(place: Sequence[str]) -> str:
-    close = difflib.get_close_matches(place[-1], _all_keys(Recipe), n=1, cutoff=0.6)
+    close = difflib.get_close_matches(place[-1], _all_keys(), n=1, cutoff=0.6)
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def _all_keys(model: type[BaseModel]) -> list[str]:
-    tables = [Recipe, ThreatRecipe, DataRecipe, StudentRecipe, TeacherRecipe, InnerAttackRecipe]
-    tables += [BMTARDRecipe, TRADESRecipe, MilestonesRecipe, OneCycleRecipe, TrainingRecipe]
-    tables += [SelectionRecipe, VerificationRecipe]
+def _all_keys() -> list[str]:
+    tables: list[type[BaseModel]] = [Recipe, ThreatRecipe, DataRecipe, StudentRecipe]
+    tables += [TeacherRecipe, InnerAttackRecipe, BMTARDRecipe, TRADESRecipe, MilestonesRecipe]
+    tables += [OneCycleRecipe, TrainingRecipe, SelectionRecipe, VerificationRecipe]
     return sorted({key for table in tables for key in table.model_fields})

@@ -1,0 +1,61 @@
+# Two commands do everything on a fresh machine with Python 3.11, make and pip:
+#   make demo    creates .venv, installs, and runs the main job on real images
+#   make test    installs what it needs; lint, types, import contracts and all tests
+
+PYTHON ?= python3
+BIN := .venv/bin
+RUN ?= runs/cifar10-small
+
+.PHONY: help install install-dev demo test lint types contracts evidence bench cifar10-small clean
+
+help:
+	@sed -n '2,3s/^#   //p' Makefile
+	@echo 'make evidence  slow results: three seeds of the demo -> docs/results/'
+	@echo 'make bench     one B-MTARD step against the authors'"'"' manner -> docs/results/'
+	@echo 'make cifar10-small CIFAR10=folder TEACHERS=folder [RUN=folder]'
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --editable .
+	@touch $@
+
+.venv/installed-dev: .venv/installed
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+install: .venv/installed
+
+install-dev: .venv/installed-dev
+
+demo: install
+	$(BIN)/python examples/digits_demo.py
+
+test: install-dev lint types contracts
+	$(BIN)/python -m pytest -n 2 --dist worksteal -q --durations 10
+
+lint: install-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: install-dev
+	$(BIN)/mypy
+
+contracts: install-dev
+	$(BIN)/lint-imports
+
+evidence: install
+	$(BIN)/python examples/digits_demo.py --seeds 0 1 2 --write docs/results/digits-demo.md
+
+bench: install-dev
+	$(BIN)/python tests/bench/bench_step.py --write docs/results/bench-step.md
+
+cifar10-small: install
+	@test -n '$(CIFAR10)' && test -n '$(TEACHERS)' || \
+	  { echo 'usage: make cifar10-small CIFAR10=folder TEACHERS=folder'; exit 2; }
+	$(BIN)/robust-compress distill examples/recipes/cifar10-small.toml --out $(RUN) \
+	  --data 'imagefolder:$(CIFAR10)' \
+	  --clean-teacher 'resnet18:$(TEACHERS)/clean_resnet18_w0.5.safetensors' \
+	  --robust-teacher 'resnet18:$(TEACHERS)/robust_resnet18_w0.5.safetensors'
+
+clean:
+	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -1,0 +1,126 @@
+"""`robust-compress distill`: the main job."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cli.options import (
+    AcceptOption,
+    CheckpointOption,
+    DeviceOption,
+    DownloadOption,
+    DtypeOption,
+    JsonOption,
+    KeepOption,
+    OutOption,
+    ResumeOption,
+    SetOption,
+    ThreadsOption,
+)
+from cli.output import Output
+
+if TYPE_CHECKING:
+    from compressor.recipe import PerformanceSettings
+
+
+def distill(
+    recipe_path: Annotated[
+        Path | None,
+        typer.Argument(metavar="[RECIPE.toml|RUN]", help="A recipe; or a run, with --resume."),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="digits, imagefolder:PATH, cifar10:ROOT, cifar100:ROOT, ..."),
+    ] = None,
+    clean_teacher: Annotated[
+        str | None, typer.Option(metavar="SPEC", help="ARCH:FILE, FILE.onnx or a run folder.")
+    ] = None,
+    robust_teacher: Annotated[
+        str | None, typer.Option(metavar="SPEC", help="ARCH:FILE, FILE.onnx or a run folder.")
+    ] = None,
+    student: Annotated[
+        str | None, typer.Option(metavar="ARCH", help="For example mobilenet_v2 or resnet18.")
+    ] = None,
+    out: OutOption = None,
+    overrides: SetOption = None,
+    resume: ResumeOption = False,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    threads: ThreadsOption = None,
+    checkpoint_minutes: CheckpointOption = 10.0,
+    keep_every: KeepOption = None,
+    download: DownloadOption = False,
+    accept_teachers: AcceptOption = False,
+    do_verify: Annotated[bool, typer.Option("--verify/--no-verify")] = True,
+    do_export: Annotated[bool, typer.Option("--export/--no-export")] = True,
+    as_json: JsonOption = False,
+) -> None:
+    """Distil a student from a clean and a robust teacher, then verify and export it.
+
+    For example with a recipe, without one, and after an interruption:
+
+    `robust-compress distill examples/recipes/cifar10-small.toml --data imagefolder:DATA
+    --clean-teacher resnet18:CLEAN.safetensors --robust-teacher resnet18:ROBUST.safetensors`
+
+    `robust-compress distill --data imagefolder:DATA --clean-teacher CLEAN.onnx
+    --robust-teacher wide_resnet_34_10:ROBUST.pt --student mobilenet_v2`
+
+    `robust-compress distill runs/mine --resume`
+    """
+    from cli.recipe_from_options import NamedOptions, recipe_from_options
+    from cli.training import TrainingOptions, performance_settings, run_training
+
+    output = Output(as_json=as_json)
+    settings = performance_settings(
+        device=device,
+        dtype=dtype,
+        num_threads=threads,
+        checkpoint_minutes=checkpoint_minutes,
+        keep_every=keep_every,
+    )
+    named = NamedOptions(
+        data=data, clean_teacher=clean_teacher, robust_teacher=robust_teacher, student=student
+    )
+    recipe, out = recipe_from_options(
+        recipe_path, named, overrides=overrides or [], out=out, resume=resume
+    )
+    options = TrainingOptions(
+        out=out,
+        resume=resume,
+        settings=settings,
+        download=download,
+        accept_teachers=accept_teachers,
+        command="distill",
+    )
+    run = run_training(recipe, options, output)
+    _finish(run.path, output, settings, do_verify=do_verify, do_export=do_export)
+
+
+def _finish(
+    run_path: Path,
+    output: Output,
+    settings: "PerformanceSettings",
+    *,
+    do_verify: bool,
+    do_export: bool,
+) -> None:
+    """The file first, so that the report can show what it costs."""
+    from cli.export import run_export
+    from cli.verify import run_verify
+    from compressor.run_directory import RunDirectory
+
+    run = RunDirectory.open(run_path)
+    result: dict[str, object] = {"run": str(run.path), "model": str(run.model)}
+    if do_export:
+        result["onnx"] = run_export(run, settings=settings, output=output)
+    if do_verify:
+        result["report"] = run_verify(run, settings=settings, num_images=None, output=output)
+    output.result(result)
+    todo = "verify" if not do_verify else "export" if not do_export else None
+    if todo == "export":
+        output.next_command(f"robust-compress export {run.path} --format onnx")
+    elif todo == "verify":
+        output.next_command(f"robust-compress verify {run.path}")
+    else:
+        output.next_command(f"less {run.report_markdown}")

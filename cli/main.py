@@ -1,0 +1,82 @@
+"""The app as a list of commands, the only try/except, and the entry point."""
+
+import sys
+import traceback
+from typing import Annotated
+
+import typer
+
+from cli.distill import distill
+from cli.doctor import doctor
+from cli.export import export
+from cli.installation import refuse_overwritten_installation
+from cli.output import print_error
+from cli.recipe import check
+from cli.teacher import train_teacher
+from cli.verify import verify
+from compressor import __version__
+from compressor.errors import ExitCode, RobustCompressError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="Distil a compact student that keeps clean and robust accuracy, prove it, ship it.",
+    epilog="Start with `robust-compress doctor`, then `robust-compress distill --help`.",
+)
+teacher_app = typer.Typer(no_args_is_help=True, help="Train teachers on your own data.")
+recipe_app = typer.Typer(no_args_is_help=True, help="Look at recipes.")
+
+app.command()(distill)
+app.command()(verify)
+app.command()(export)
+app.command()(doctor)
+app.add_typer(teacher_app, name="teacher")
+app.add_typer(recipe_app, name="recipe")
+teacher_app.command("train")(train_teacher)
+recipe_app.command("check")(check)
+
+
+@teacher_app.callback()
+def _teacher() -> None:
+    """A group with one command stays a group."""
+
+
+@recipe_app.callback()
+def _recipe() -> None:
+    """A group with one command stays a group."""
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"robust-compress {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="And exit.")
+    ] = False,
+) -> None:
+    """Distil a compact student that keeps clean and robust accuracy, prove it, ship it."""
+
+
+def main() -> None:
+    """Run the app; known errors end with their exit code, anything else is a bug of ours."""
+    try:
+        refuse_overwritten_installation()
+        app()
+    except RobustCompressError as error:
+        print_error(error, as_json="--json" in sys.argv)
+        sys.exit(int(error.exit_code))
+    except KeyboardInterrupt:
+        sys.exit(int(ExitCode.INTERRUPTED))
+    except Exception:  # noqa: BLE001 (the one place where everything ends)
+        traceback.print_exc()
+        sys.stderr.write("\nThis is a bug in robust-compress; please report the lines above.\n")
+        sys.exit(int(ExitCode.BUG))
+
+
+if __name__ == "__main__":
+    main()

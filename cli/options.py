@@ -1,0 +1,46 @@
+"""Options that several commands share."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+RunArgument = Annotated[
+    Path, typer.Argument(metavar="RUN", help="A run folder made by distill or teacher train.")
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change one setting; repeatable."),
+]
+OutOption = Annotated[
+    Path | None,
+    typer.Option("--out", metavar="RUN", help="Folder of the run [default: runs/NAME-ID]."),
+]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+DtypeOption = Annotated[
+    str, typer.Option("--dtype", help="Format of training: auto, float32 or bfloat16.")
+]
+ThreadsOption = Annotated[
+    int | None, typer.Option("--threads", min=1, help="CPU threads [default: all cores].")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+ResumeOption = Annotated[
+    bool, typer.Option("--resume", help="Continue a run that was interrupted.")
+]
+DownloadOption = Annotated[
+    bool, typer.Option("--download", help="Let torchvision fetch a data set that is not there.")
+]
+AcceptOption = Annotated[
+    bool,
+    typer.Option(
+        "--accept-teachers", help="Go on with a teacher that is at chance level or not robust."
+    ),
+]
+CheckpointOption = Annotated[
+    float,
+    typer.Option("--checkpoint-minutes", min=0.01, help="Save also within an epoch, this often."),
+]
+KeepOption = Annotated[
+    int | None,
+    typer.Option("--keep-every", min=1, help="Keep the checkpoint of every such epoch."),
+]

@@ -1,0 +1,60 @@
+"""Output: for people or as JSON; the only writer to stdout."""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from compressor.errors import RobustCompressError
+
+
+class Output:
+    """Says what a command has to say, in one of two languages."""
+
+    def __init__(self, *, as_json: bool) -> None:
+        self.as_json = as_json
+        self.console = Console(quiet=as_json, highlight=False, soft_wrap=not sys.stdout.isatty())
+
+    def say(self, text: str) -> None:
+        """A line for people."""
+        self.console.print(text, markup=False)
+
+    def title(self, text: str) -> None:
+        """A line that stands out."""
+        self.console.print(f"\n{text}", style="bold", markup=False)
+
+    def table(self, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """A table for people; the first column is text, the others are numbers."""
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for place, name in enumerate(header):
+            table.add_column(name, justify="left" if place == 0 else "right", overflow="fold")
+        for row in rows:
+            table.add_row(*row)
+        self.console.print(table)
+
+    def next_command(self, command: str) -> None:
+        """What is useful to type now."""
+        self.console.print(f"\nNext: [bold]{command}[/bold]", soft_wrap=True)
+
+    def result(self, value: Mapping[str, Any]) -> None:
+        """The one JSON object of the command."""
+        if self.as_json:
+            sys.stdout.write(json.dumps(value, indent=2, default=str) + "\n")
+
+
+def print_error(error: RobustCompressError, *, as_json: bool) -> None:
+    """The message of a known error, on stderr for people, on stdout as JSON."""
+    if as_json:
+        table = {
+            "error": type(error).__name__,
+            "message": str(error),
+            "exit_code": int(error.exit_code),
+        }
+        sys.stdout.write(json.dumps(table, indent=2) + "\n")
+        return
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console.print("[bold red]Error:[/bold red] ", end="")
+    console.print(str(error), markup=False)

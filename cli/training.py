@@ -1,0 +1,86 @@
+"""What `distill` and `teacher train` share: settings, the live display, signals, the run."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cli.output import Output
+from compressor.errors import UsageError
+
+if TYPE_CHECKING:
+    from compressor.recipe import PerformanceSettings, Recipe
+    from compressor.run_directory import RunDirectory
+    from compressor.teacher_check import TeacherCheck
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions:
+    """The options of a training command, apart from the recipe."""
+
+    out: Path | None
+    resume: bool
+    settings: "PerformanceSettings"
+    download: bool
+    accept_teachers: bool
+    command: str
+    """`distill` or `teacher train`, for the line that resumes."""
+
+
+def performance_settings(
+    *,
+    device: str,
+    dtype: str,
+    num_threads: int | None,
+    checkpoint_minutes: float = 10.0,
+    keep_every: int | None = None,
+) -> "PerformanceSettings":
+    """Settings from options.
+
+    Raises:
+        UsageError: if the format is not one of the three.
+    """
+    from compressor.recipe import PerformanceSettings
+
+    if dtype not in {"auto", "float32", "bfloat16"}:
+        raise UsageError(f"--dtype {dtype!r} is not one of auto, float32, bfloat16")
+    return PerformanceSettings(
+        device=device,
+        training_dtype=dtype,  # type: ignore[arg-type]
+        num_threads=num_threads,
+        checkpoint_every_minutes=checkpoint_minutes,
+        keep_every_epochs=keep_every,
+    )
+
+
+def run_training(recipe: "Recipe", options: TrainingOptions, output: Output) -> "RunDirectory":
+    """Train with a live display, and stop well on SIGINT and SIGTERM."""
+    from cli.progress import training_display
+    from compressor.interruption import stop_wish
+    from compressor.training_workflow import TrainingRequest, train
+
+    out = options.out or Path("runs") / f"{recipe.name}-{recipe.recipe_id[:8]}"
+    request = TrainingRequest(
+        out=out,
+        settings=options.settings,
+        resume=options.resume,
+        resume_command=f"robust-compress {options.command} {out} --resume",
+        download=options.download,
+        accept_teachers=options.accept_teachers,
+    )
+    with stop_wish() as stop, training_display(output) as observe:
+        run = train(recipe, request, observe=observe, on_teacher=_teller(output), stop=stop)
+    output.say(f"Trained: {run.model}; curves in {run.curves.name}")
+    return run
+
+
+def _teller(output: Output) -> "Callable[[TeacherCheck], None]":
+    def tell(check: "TeacherCheck") -> None:
+        robust = f", short PGD {check.robust}" if check.robust else ", no gradient to attack"
+        name, n = check.teacher.name, check.clean.num_total
+        output.say(
+            f"{check.teacher.role} teacher {name}: clean {100 * check.clean.fraction:.1f} % "
+            f"of {n} held-out images{robust}"
+        )
+
+    return tell

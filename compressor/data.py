@@ -1,0 +1,294 @@
+"""Training, validation and test images as batches of tensors.
+
+What a sample looks like is a function of (seed, epoch, position in the training images), never
+of the batch it is in, of the device or of where the images are stored. Test images have a type
+of their own, so that they cannot be trained on by accident.
+
+N images, C channels, H rows, W columns.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from compressor.augmentation import crop_and_flip
+from compressor.errors import DataError
+from compressor.image_decoding import ImageShape
+from compressor.image_sources import ImageSource, open_source
+from compressor.image_storage import ImageStorage, store_images
+from compressor.randomness import Stream, permutation, sample_keys, uniform
+from compressor.recipe import DataRecipe, PerformanceSettings
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Batch:
+    """Some images; all tensors are on the device of the run."""
+
+    x_NCHW: Tensor
+    """float32 in [0, 1], channels last in memory."""
+    y_N: Tensor
+    """int64 labels."""
+    index_N: Tensor
+    """int64 positions in the source's part, the same in every run."""
+    keys_N: Tensor
+    """int64 keys of the samples' random numbers in this epoch; see `compressor.randomness`."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Split:
+    name: str
+    class_names: tuple[str, ...]
+    image_shape: ImageShape
+    """Channels, rows, columns."""
+    index_N: Tensor
+    """int64 positions in the source's part, rising, on the device."""
+    labels_N: Tensor
+    """int64, on the device, in the order of `index_N`."""
+    index_sha256: str
+    """Hash of `index_N` as little-endian int64."""
+    content_sha256: str
+    """Hash of all images and labels of the source's part."""
+    storage: ImageStorage
+
+    @property
+    def num_images(self) -> int:
+        """How many images the split has."""
+        return len(self.index_N)
+
+
+class TrainingSplit(_Split):
+    """Images for training, or held out of them for validation."""
+
+
+class TestSplit(_Split):
+    """Images for the final report."""
+
+    __test__ = False  # or pytest takes the class for a test case
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TrainingData:
+    """The two parts of the training images; they share their storage."""
+
+    train: TrainingSplit
+    validation: TrainingSplit
+
+
+@dataclass(frozen=True, kw_only=True)
+class Augmentation:
+    """What is done to each training image at random."""
+
+    crop_padding_pixels: int
+    """Pad with this much black on each side, then cut out the original size; 0 for nothing."""
+    horizontal_flip: bool
+    """Mirror every second image, left to right."""
+
+
+def load_training_data(
+    recipe: DataRecipe,
+    *,
+    seed: int,
+    settings: PerformanceSettings,
+    device: torch.device,
+    download: bool = False,
+) -> TrainingData:
+    """The training images, with a class-balanced part of them held out for validation.
+
+    Args:
+        recipe: Names the source and the size of the validation part.
+        seed: Decides which images are held out.
+        settings: Whether images are cached, and how much memory they may take.
+        device: Where batches will be.
+        download: Let torchvision fetch a data set that is not there.
+
+    Raises:
+        DataError: if the source is not usable, or `validation_size` does not fit it.
+    """
+    source = open_source(recipe, part="train", download=download)
+    labels_N = torch.tensor(source.labels)
+    _check_validation_size(source, labels_N, recipe.validation_size)
+    keys_N = sample_keys(torch.arange(len(labels_N)), seed=seed)
+    order_N = _balanced_order(labels_N, uniform(keys_N, stream=Stream.HOLD_OUT))
+    held_out, rest = order_N.tensor_split([recipe.validation_size])
+    storage = store_images(source, settings=settings, device=device)
+
+    def split(name: str, index_N: Tensor) -> TrainingSplit:
+        return _split(TrainingSplit, source, storage, name=name, index_N=index_N, device=device)
+
+    return TrainingData(train=split("train", rest), validation=split("validation", held_out))
+
+
+def load_test_split(
+    recipe: DataRecipe,
+    *,
+    settings: PerformanceSettings,
+    device: torch.device,
+    num_images: int | None = None,
+    seed: int = 0,
+) -> TestSplit:
+    """The test images, or a class-balanced random part of them.
+
+    Args:
+        recipe: Names the source.
+        settings: Whether images are cached, and how much memory they may take.
+        device: Where batches will be.
+        num_images: Size of the part; None for all. A class that has too few images gives all
+            of them, and the others give more.
+        seed: Decides which images are in the part.
+
+    Raises:
+        DataError: if the source is not usable, or has fewer than `num_images` images.
+    """
+    source = open_source(recipe, part="test")
+    labels_N = torch.tensor(source.labels)
+    if num_images is not None and not 1 <= num_images <= len(labels_N):
+        raise DataError(
+            f"{num_images} images were asked for, {source.name} has {len(labels_N)}; "
+            f"ask for 1 to {len(labels_N)}"
+        )
+    keys_N = sample_keys(torch.arange(len(labels_N)), seed=seed)
+    chosen = _balanced_order(labels_N, uniform(keys_N, stream=Stream.SUBSET))[:num_images]
+    storage = store_images(source, settings=settings, device=device)
+    return _split(TestSplit, source, storage, name="test", index_N=chosen, device=device)
+
+
+def training_batches(
+    split: TrainingSplit,
+    *,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    first_batch: int = 0,
+    augment: Augmentation,
+) -> Iterator[Batch]:
+    """One epoch in random order, augmented; the last batch may be smaller.
+
+    Args:
+        split: What to train on.
+        batch_size: Images in each batch but the last.
+        seed: With `epoch` it decides the order, the crops and the flips.
+        epoch: Counts from 0.
+        first_batch: Skip this many batches without reading their images.
+        augment: What to do to each image.
+
+    Raises:
+        DataError: if the split has fewer images than one batch.
+        TypeError: if the split is not one for training.
+    """
+    if not isinstance(split, TrainingSplit):
+        raise TypeError(f"training takes a TrainingSplit, not a {type(split).__name__}")
+    if batch_size > split.num_images:
+        raise DataError(
+            f"the {split.name} split has {split.num_images} images, fewer than one batch; "
+            f"set training.batch_size to at most {split.num_images} (it is {batch_size})"
+        )
+    keys_N = sample_keys(split.index_N, seed=seed, epoch=epoch)
+    order_N = permutation(keys_N)[first_batch * batch_size :]
+    return _batches(split, order_N, keys_N, batch_size=batch_size, augment=augment)
+
+
+def evaluation_batches(
+    split: TrainingSplit | TestSplit, *, batch_size: int, seed: int = 0
+) -> Iterator[Batch]:
+    """All images in order, as they are; the last batch may be smaller.
+
+    Args:
+        split: What to measure on.
+        batch_size: Images in each batch but the last.
+        seed: Decides the keys of the batches, from which attacks draw.
+    """
+    order_N = torch.arange(split.num_images, device=split.index_N.device)
+    keys_N = sample_keys(split.index_N, seed=seed)
+    return _batches(split, order_N, keys_N, batch_size=batch_size, augment=None)
+
+
+def _batches(
+    split: _Split,
+    order_N: Tensor,
+    keys_N: Tensor,
+    *,
+    batch_size: int,
+    augment: Augmentation | None,
+) -> Iterator[Batch]:
+    """`order_N` holds places in the split; `keys_N` has the order of the split."""
+    places = torch.split(order_N, batch_size) if len(order_N) else ()
+    images = split.storage.batches([split.index_N[places_B] for places_B in places])
+    for places_B, images_BCHW in zip(places, images, strict=True):
+        keys_B = keys_N[places_B]
+        if augment is not None:
+            images_BCHW = crop_and_flip(
+                images_BCHW,
+                keys_B,
+                padding_pixels=augment.crop_padding_pixels,
+                horizontal_flip=augment.horizontal_flip,
+            )
+        yield Batch(
+            x_NCHW=images_BCHW.contiguous(memory_format=torch.channels_last).float().div_(255),
+            y_N=split.labels_N[places_B],
+            index_N=split.index_N[places_B],
+            keys_N=keys_B,
+        )
+
+
+def _check_validation_size(source: ImageSource, labels_N: Tensor, validation_size: int) -> None:
+    num_classes = len(source.class_names)
+    if validation_size < num_classes:
+        raise DataError(
+            f"data.validation_size = {validation_size} is less than one image for each of the "
+            f"{num_classes} classes of {source.name}; set it to {num_classes} or more"
+        )
+    counts_K = torch.bincount(labels_N, minlength=num_classes)
+    smallest, label = int(counts_K.min()), int(counts_K.argmin())
+    per_class = -(-validation_size // num_classes)
+    if per_class >= smallest:
+        limit = (smallest - 1) * num_classes
+        advice = f"set it to {limit} or less" if limit > 0 else "add images of that class"
+        raise DataError(
+            f"data.validation_size = {validation_size} takes {per_class} images of a class, and "
+            f"{source.name} has only {smallest} of class {source.class_names[label]!r}; {advice}"
+        )
+
+
+def _balanced_order(labels_N: Tensor, draws_N: Tensor) -> Tensor:
+    """All positions, so ordered that any beginning of them is balanced, int64 [N].
+
+    Each class is shuffled by the draws; then come the first images of every class, then the
+    second ones, and so on.
+    """
+    shuffled_N = torch.argsort(draws_N, stable=True)
+    grouped_N = shuffled_N[torch.argsort(labels_N[shuffled_N], stable=True)]
+    counts_K = torch.bincount(labels_N)
+    first_K = counts_K.cumsum(0) - counts_K
+    rank_N = torch.arange(len(labels_N)) - first_K[labels_N[grouped_N]]
+    # Shuffled again, so that no class is preferred where the number does not divide.
+    by_draw_N = torch.argsort(draws_N[grouped_N], stable=True)
+    return grouped_N[by_draw_N[torch.argsort(rank_N[by_draw_N], stable=True)]]
+
+
+_SplitType = TypeVar("_SplitType", bound=_Split)
+
+
+def _split(
+    split_type: type[_SplitType],
+    source: ImageSource,
+    storage: ImageStorage,
+    *,
+    name: str,
+    index_N: Tensor,
+    device: torch.device,
+) -> _SplitType:
+    rising_N = index_N.sort().values
+    return split_type(
+        name=name,
+        class_names=source.class_names,
+        image_shape=source.image_shape,
+        index_N=rising_N.to(device),
+        labels_N=torch.tensor(source.labels)[rising_N].to(device),
+        index_sha256=hashlib.sha256(rising_N.numpy().astype("<i8").tobytes()).hexdigest(),
+        content_sha256=source.content_sha256,
+        storage=storage,
+    )

@@ -1,0 +1,106 @@
+"""Where the images of a run lie while it runs: on the device, or streamed from their files.
+
+Both storages give the same bytes. N images, B images of a batch, C channels, H rows, W columns.
+"""
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from compressor.image_cache import cached_images
+from compressor.image_decoding import ImageArray, ImageFiles
+from compressor.image_sources import ImageSource
+from compressor.recipe import PerformanceSettings
+
+_BYTES_PER_MIB = 2**20
+
+
+class ImageStorage(Protocol):
+    """Gives batches of images on the device."""
+
+    def batches(self, positions: Iterable[Tensor]) -> Iterator[Tensor]:
+        """For each int64 [B] of positions on the device, uint8 [B, C, H, W] on the device."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ResidentImages:
+    """All images as one tensor on the device, channels last so that pixels are read together."""
+
+    images_NHWC: Tensor
+
+    def batches(self, positions: Iterable[Tensor]) -> Iterator[Tensor]:
+        """See `ImageStorage`."""
+        for position_B in positions:
+            yield self.images_NHWC[position_B].permute(0, 3, 1, 2)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StreamedImages:
+    """Images read by worker processes when they are needed; one worker prepares one batch."""
+
+    images: ImageFiles | ImageArray
+    num_workers: int
+    device: torch.device
+
+    def batches(self, positions: Iterable[Tensor]) -> Iterator[Tensor]:
+        """See `ImageStorage`."""
+        loader = DataLoader(
+            _BatchDataset(self.images),
+            sampler=[position_B.tolist() for position_B in positions],
+            batch_size=None,
+            num_workers=self.num_workers,
+            pin_memory=self.device.type == "cuda",
+            generator=torch.Generator(),  # or it would draw from the global one
+        )
+        for images_BCHW in loader:
+            yield images_BCHW.to(self.device, non_blocking=True)
+
+
+class _BatchDataset(Dataset[Tensor]):
+    """Its items are whole batches, and its indices lists of positions."""
+
+    def __init__(self, images: ImageFiles | ImageArray) -> None:
+        self._images = images
+
+    def __getitem__(self, positions: list[int]) -> Tensor:
+        return torch.from_numpy(np.stack([self._images.read(position) for position in positions]))
+
+
+def store_images(
+    source: ImageSource, *, settings: PerformanceSettings, device: torch.device
+) -> ImageStorage:
+    """Hold the images on the device if the memory budget allows, else stream them.
+
+    Either way every image has been decoded once before this returns, so that a damaged file is
+    found now and not in the middle of a run.
+
+    Raises:
+        DataError: naming the files that cannot be used.
+    """
+    num_workers = settings.num_workers or _num_cores()
+    images = source.images
+    if source.num_bytes > settings.memory_budget_mib * _BYTES_PER_MIB:
+        if isinstance(images, ImageFiles):
+            images.check(num_workers=num_workers)
+        return StreamedImages(images=images, num_workers=num_workers, device=device)
+    if isinstance(images, ImageArray):
+        images_NCHW = images.images_NCHW
+    elif settings.cache_images:
+        decode = partial(images.read_all, num_workers=num_workers)
+        images_NCHW = cached_images(source.content_sha256, decode)
+    else:
+        images_NCHW = images.read_all(num_workers=num_workers)
+    images_NHWC = torch.from_numpy(images_NCHW).permute(0, 2, 3, 1).contiguous()
+    return ResidentImages(images_NHWC=images_NHWC.to(device))
+
+
+def _num_cores() -> int:
+    """Cores that this process may use, which in a container are not all there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,32 @@
+"""SIGINT and SIGTERM as a wish that the trainer grants after the step it is in."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+
+
+@dataclass
+class StopWish:
+    """The signal that arrived, if any."""
+
+    signal_number: int | None = None
+
+
+@contextmanager
+def stop_wish() -> Iterator[StopWish]:
+    """Collect the first SIGINT or SIGTERM; a second one acts at once, as without us."""
+    wish = StopWish()
+
+    def note(number: int, _frame: FrameType | None) -> None:
+        wish.signal_number = number
+        for one, handler in before.items():
+            signal.signal(one, handler)
+
+    before = {one: signal.signal(one, note) for one in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield wish
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)

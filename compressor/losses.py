@@ -1,0 +1,61 @@
+"""Losses and entropies: pure functions, logits or probabilities in, one value per example out.
+
+N examples, K classes; every value is in nats. The caller reduces, so that the reduction is
+visible where it matters.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LOG_GUARD = 1e-5
+"""Added to the teacher's probabilities inside the logarithm by the authors of RSLAD, MTARD and
+B-MTARD. It shifts loss values and entropies and has no effect on gradients."""
+
+
+def cross_entropy(logits_NK: Tensor, y_N: Tensor) -> Tensor:
+    """Cross-entropy on labels, shape [N]."""
+    return F.cross_entropy(logits_NK, y_N, reduction="none")
+
+
+def margin(logits_NK: Tensor, y_N: Tensor) -> Tensor:
+    """Largest wrong logit minus the logit of the label, shape [N]; above 0 where fooled.
+
+    Source: Carlini and Wagner, "Towards evaluating the robustness of neural networks",
+    IEEE S&P 2017, objective f6 with the sign that an attacker maximises.
+    """
+    label_N = logits_NK.gather(1, y_N[:, None])[:, 0]
+    wrong_NK = logits_NK.scatter(1, y_N[:, None], -torch.inf)
+    return wrong_NK.amax(dim=1) - label_N
+
+
+def kl_to_probabilities(logits_NK: Tensor, p_NK: Tensor) -> Tensor:
+    """KL(p || softmax(logits)), shape [N]; exact, and 0 where p is 0."""
+    log_q_NK = F.log_softmax(logits_NK, dim=1)
+    return (torch.xlogy(p_NK, p_NK) - p_NK * log_q_NK).sum(dim=1)
+
+
+def temper(teacher_logits_NK: Tensor, temperature: float) -> Tensor:
+    """Teacher probabilities at a temperature, shape [N, K], without gradient."""
+    return F.softmax(teacher_logits_NK.detach() / temperature, dim=1)
+
+
+def guarded_negative_entropy(p_NK: Tensor) -> Tensor:
+    """Sum of p log(p + guard), shape [N]: minus the entropy, and slightly above 0 for one-hot p.
+
+    Source: Zhao et al., "Mitigating accuracy-robustness trade-off via balanced multi-teacher
+    adversarial distillation", TPAMI 46(12), 2024; as released, where the mean also runs over
+    the classes. Only the ratio of two such means is used, so the factor 1/K is left out.
+    """
+    return (p_NK * torch.log(p_NK + LOG_GUARD)).sum(dim=1)
+
+
+def guarded_kl(p_NK: Tensor, student_logits_NK: Tensor) -> Tensor:
+    """KL(teacher || student) with the authors' guard in the teacher's logarithm, shape [N].
+
+    Only the teacher is tempered (before), and there is no factor T squared. The released code
+    averages over examples and classes, which is 1/K of the mean of this over examples.
+    Source: as `guarded_negative_entropy`.
+    """
+    log_q_NK = F.log_softmax(student_logits_NK, dim=1)
+    return guarded_negative_entropy(p_NK) - (p_NK * log_q_NK).sum(dim=1)

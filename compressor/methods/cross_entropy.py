@@ -1,0 +1,21 @@
+"""Plain training on labels: clean teachers, and the baseline without a defence."""
+
+from dataclasses import dataclass
+
+from compressor.data import Batch
+from compressor.losses import cross_entropy
+from compressor.methods.protocol import NoState, Stateless, StepResult, read_back
+from compressor.student import Student
+
+
+@dataclass(frozen=True, kw_only=True)
+class CrossEntropy(Stateless):
+    """Minimise the cross-entropy of clean images."""
+
+    def step(
+        self, student: Student, batch: Batch, state: NoState, *, rate_factor: float
+    ) -> tuple[StepResult, NoState]:
+        """One pass."""
+        del rate_factor
+        loss = cross_entropy(student.logits(batch.x_NCHW), batch.y_N).mean()
+        return StepResult(loss=loss, logged={"loss_nats": read_back(loss)[0]}), state

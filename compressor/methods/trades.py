@@ -1,0 +1,43 @@
+"""TRADES: accuracy and invariance as two terms."""
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+
+from compressor.attacks.protocol import Attack
+from compressor.data import Batch
+from compressor.losses import cross_entropy, kl_to_probabilities
+from compressor.methods.protocol import NoState, Stateless, StepResult, read_back
+from compressor.student import Student
+
+
+@dataclass(frozen=True, kw_only=True)
+class TRADES(Stateless):
+    """Cross-entropy on clean images plus beta x KL from clean to adversarial answers.
+
+    Source: Zhang et al., "Theoretically principled trade-off between robustness and accuracy",
+    ICML 2019. The inner attack raises that same KL, from Gaussian noise, in eval mode.
+    """
+
+    attack: Attack
+    beta: float
+
+    def step(
+        self, student: Student, batch: Batch, state: NoState, *, rate_factor: float
+    ) -> tuple[StepResult, NoState]:
+        """Attack the answer, then two passes."""
+        del rate_factor
+        view = student.evaluation_view()
+        clean_p_NK = F.softmax(view(batch.x_NCHW), dim=1)
+        x_adv = self.attack(view, batch.x_NCHW, clean_p_NK, keys_N=batch.keys_N)
+        clean_logits_NK = student.logits(batch.x_NCHW)
+        adv_logits_NK = student.logits(x_adv)
+        clean_loss = cross_entropy(clean_logits_NK, batch.y_N).mean()
+        robust_loss = kl_to_probabilities(adv_logits_NK, F.softmax(clean_logits_NK, dim=1)).mean()
+        clean_value, robust_value = read_back(clean_loss, robust_loss)
+        logged = {
+            "loss_nats": clean_value + self.beta * robust_value,
+            "clean_loss_nats": clean_value,
+            "robust_loss_nats": robust_value,
+        }
+        return StepResult(loss=clean_loss + self.beta * robust_loss, logged=logged), state

@@ -1,0 +1,166 @@
+"""What happens during training, as events, and their writers for files.
+
+The trainer calls one function `observe(event)`. The live display is in `cli`.
+"""
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+from compressor.proportions import Proportion
+from compressor.run_directory import RunDirectory, write_text_atomically
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingStarted:
+    """Before the first step of this process."""
+
+    name: str
+    step: int
+    epoch: int
+    num_steps: int
+    num_epochs: int
+    num_parameters: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepDone:
+    """After the optimiser's step; `step` counts from 1."""
+
+    step: int
+    epoch: int
+    values: Mapping[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationStarted:
+    """The network is about to be measured on held-out images."""
+
+    step: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class CandidateValidated:
+    """One candidate, measured on the held-out part of the training images."""
+
+    step: int
+    epoch: int
+    candidate: str
+    clean: Proportion
+    robust: Proportion
+    is_best: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointSaved:
+    """A checkpoint is complete on disk."""
+
+    step: int
+    path: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingEnded:
+    """After the last step."""
+
+    step: int
+    best_epoch: int
+
+
+Event = (
+    TrainingStarted
+    | StepDone
+    | ValidationStarted
+    | CandidateValidated
+    | CheckpointSaved
+    | TrainingEnded
+)
+Observer = Callable[[Event], None]
+
+
+class MetricsFile:
+    """Writes `metrics.jsonl`; a resumed run drops what a lost process wrote after `step`."""
+
+    def __init__(self, run: RunDirectory, *, step: int) -> None:
+        kept = [line for line in _lines(run) if line["step"] <= step]
+        text = "".join(json.dumps(line) + "\n" for line in kept)
+        write_text_atomically(run.metrics, text)
+        self._file = run.metrics.open("a", encoding="utf-8")
+
+    def __call__(self, event: Event) -> None:
+        """Append steps and validations."""
+        if isinstance(event, StepDone):
+            self._write({"kind": "step", "step": event.step, "epoch": event.epoch, **event.values})
+        elif isinstance(event, CandidateValidated):
+            self._write({"kind": "validation", **_validation(event)})
+        elif isinstance(event, CheckpointSaved | TrainingEnded):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Write what is buffered."""
+        self._file.close()
+
+    def _write(self, line: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(line) + "\n")
+
+
+class TensorBoardFiles:
+    """Writes the same numbers as TensorBoard events."""
+
+    def __init__(self, run: RunDirectory, *, step: int) -> None:
+        self._writer = SummaryWriter(str(run.tensorboard), purge_step=step + 1)
+
+    def __call__(self, event: Event) -> None:
+        """Add scalars of steps and validations."""
+        if isinstance(event, StepDone):
+            for name, value in event.values.items():
+                self._writer.add_scalar(f"training/{name}", value, event.step)
+        elif isinstance(event, CandidateValidated):
+            for kind, proportion in (("clean", event.clean), ("robust", event.robust)):
+                name = f"validation_{event.candidate}/{kind}_accuracy_fraction"
+                self._writer.add_scalar(name, proportion.fraction, event.step)
+
+    def close(self) -> None:
+        """Write what is buffered."""
+        self._writer.close()
+
+
+def read_metrics(run: RunDirectory) -> list[dict[str, Any]]:
+    """All complete lines of `metrics.jsonl`."""
+    return _lines(run)
+
+
+def _lines(run: RunDirectory) -> list[dict[str, Any]]:
+    """A line that a killed process left unfinished is no line."""
+    if not run.metrics.exists():
+        return []
+    lines = []
+    for text in run.metrics.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            continue
+    return lines
+
+
+def _validation(event: CandidateValidated) -> dict[str, Any]:
+    return {
+        "step": event.step,
+        "epoch": event.epoch,
+        "candidate": event.candidate,
+        "clean_correct": event.clean.num_correct,
+        "robust_correct": event.robust.num_correct,
+        "num_validation": event.clean.num_total,
+        "is_best": event.is_best,
+    }
+
+
+def is_finite(values: Mapping[str, float]) -> bool:
+    """Whether every number of a step is finite."""
+    return all(math.isfinite(value) for value in values.values())

@@ -1,0 +1,227 @@
+"""RunDirectory: the only file that knows any file name inside a run, and how to write one.
+
+A run on disk::
+
+    recipe.resolved.json  run.json  environment.json  metrics.jsonl  tensorboard/
+    checkpoints/step-00000352/{network,momentum,average}.safetensors, train_state.json
+    model.safetensors  curves.png  report.json  report.md
+    exports/model.fp32.onnx  exports/model.fp32.onnx.json
+"""
+
+import fcntl
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from compressor.errors import RunError
+
+_CHECKPOINT_PREFIX = "step-"
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """A folder that holds one run."""
+
+    path: Path
+
+    @classmethod
+    def vacant(cls, path: Path) -> "RunDirectory":
+        """A run that is yet to be made; `make` makes it.
+
+        Raises:
+            RunError: if something is already there, which is never overwritten.
+        """
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise RunError(
+                f"{path} already exists and is not empty; continue it with --resume, "
+                "or choose another folder with --out"
+            )
+        return cls(path)
+
+    def make(self) -> None:
+        """Make the folder, where it is not there yet.
+
+        Raises:
+            RunError: if it cannot be made.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunError(f"the run folder {self.path} cannot be made: {error.strerror}") from None
+
+    @classmethod
+    def open(cls, path: Path) -> "RunDirectory":
+        """A run that exists.
+
+        Raises:
+            RunError: if `path` is not a run.
+        """
+        run = cls(path)
+        if not run.resolved_recipe.is_file():
+            raise RunError(
+                f"{path} is not a run: it has no {run.resolved_recipe.name}. "
+                "Make one with `robust-compress distill RECIPE --out RUN`"
+            )
+        return run
+
+    @property
+    def resolved_recipe(self) -> Path:
+        """The recipe with every default filled in."""
+        return self.path / "recipe.resolved.json"
+
+    @property
+    def facts(self) -> Path:
+        """Hashes of the data and of the teachers, resolved rates, sizes."""
+        return self.path / "run.json"
+
+    @property
+    def environment(self) -> Path:
+        """Versions, device, performance settings."""
+        return self.path / "environment.json"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a line."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        """Event files."""
+        return self.path / "tensorboard"
+
+    @property
+    def curves(self) -> Path:
+        """Picture of losses, accuracies, temperatures and weights."""
+        return self.path / "curves.png"
+
+    @property
+    def model(self) -> Path:
+        """The selected weights, self-describing."""
+        return self.path / "model.safetensors"
+
+    @property
+    def report_json(self) -> Path:
+        """The verification, for programs."""
+        return self.path / "report.json"
+
+    @property
+    def report_markdown(self) -> Path:
+        """The verification, for people."""
+        return self.path / "report.md"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of checkpoints."""
+        return self.path / "checkpoints"
+
+    def checkpoint(self, step: int) -> Path:
+        """The folder of the checkpoint after `step` steps."""
+        return self.checkpoints / f"{_CHECKPOINT_PREFIX}{step:08d}"
+
+    def checkpoint_steps(self) -> list[int]:
+        """The steps of all complete checkpoints, ascending."""
+        if not self.checkpoints.is_dir():
+            return []
+        names = [folder.name for folder in self.checkpoints.glob(f"{_CHECKPOINT_PREFIX}*")]
+        numbers = [name.removeprefix(_CHECKPOINT_PREFIX) for name in names]
+        return sorted(int(number) for number in numbers if number.isdigit())
+
+    def onnx(self, precision: str) -> Path:
+        """The exported graph."""
+        return self.path / "exports" / f"model.{precision}.onnx"
+
+    def onnx_verification(self, precision: str) -> Path:
+        """What was shown about the exported graph."""
+        return self.path / "exports" / f"model.{precision}.onnx.json"
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the run against a second process; the system lets go when this one ends.
+
+        Raises:
+            RunError: if another process trains in this folder.
+        """
+        with (self.path / ".lock").open("w") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise RunError(
+                    f"another process is training in {self.path}; wait for it or stop it"
+                ) from None
+            yield
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """Write a text file in UTF-8 that is either there as a whole or not at all."""
+    write_bytes_atomically(path, text.encode())
+
+
+def write_bytes_atomically(path: Path, content: bytes) -> None:
+    """Write a file that is either there as a whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(name).chmod(0o644)
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def write_json_atomically(path: Path, value: object) -> None:
+    """As `write_text_atomically`, for a value of plain JSON types."""
+    write_text_atomically(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:  # noqa: ANN401 (parsed JSON)
+    """The value in a JSON file of a run.
+
+    Raises:
+        RunError: if it is missing or damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RunError(f"{path} is missing from the run") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise RunError(f"{path} cannot be read: {error}") from None
+
+
+@contextmanager
+def folder_written_atomically(path: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `path` when the block ends well.
+
+    A process killed at any moment leaves either the whole folder or a hidden one that the next
+    call removes.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in path.parent.glob(".incomplete-*"):
+        shutil.rmtree(leftover)
+    folder = path.parent / f".incomplete-{path.name}"
+    folder.mkdir()
+    yield folder
+    for file in folder.iterdir():
+        _sync(file)
+    _sync(folder)
+    if path.exists():
+        shutil.rmtree(path)
+    folder.replace(path)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,49 @@
+"""Schedules: the factor on every rate as a function of progress. Nothing is changed in place."""
+
+import math
+from dataclasses import dataclass
+
+from compressor.recipe import CosineRecipe, MilestonesRecipe, OneCycleRecipe, ScheduleRecipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """Where a run stands before a step; all counts from 0."""
+
+    epoch: int
+    step: int
+    num_epochs: int
+    num_steps: int
+
+    @property
+    def fraction(self) -> float:
+        """Share of the run that is done, in [0, 1)."""
+        return self.step / self.num_steps
+
+
+def rate_factor(schedule: ScheduleRecipe, progress: Progress) -> float:
+    """Factor on the learning rate, and on both rates of the balancers, in [0, 1]."""
+    if isinstance(schedule, MilestonesRecipe):
+        return _milestones(schedule, progress)
+    if isinstance(schedule, OneCycleRecipe):
+        return _one_cycle(schedule, progress)
+    return _cosine(schedule, progress)
+
+
+def _milestones(schedule: MilestonesRecipe, progress: Progress) -> float:
+    """At 215/300 of 300 epochs, the first epoch with the lower rate is number 216, from 1."""
+    passed = [round(m * progress.num_epochs) <= progress.epoch for m in schedule.milestones]
+    return float(schedule.decay ** sum(passed))
+
+
+def _one_cycle(schedule: OneCycleRecipe, progress: Progress) -> float:
+    warmup = schedule.warmup_fraction
+    if progress.fraction < warmup:
+        share = progress.fraction / warmup
+        return schedule.initial_factor + (1 - schedule.initial_factor) * share
+    share = (progress.fraction - warmup) / (1 - warmup)
+    return (1 + math.cos(math.pi * share)) / 2
+
+
+def _cosine(_: CosineRecipe, progress: Progress) -> float:
+    return (1 + math.cos(math.pi * progress.fraction)) / 2

@@ -1,0 +1,306 @@
+"""fit: the loop over epochs and batches. It knows no method, no terminal and no file name."""
+
+import copy
+import math
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from compressor.checkpoint import (
+    Best,
+    Candidate,
+    TrainedTensors,
+    TrainState,
+    last_good,
+    prune_checkpoints,
+    save_checkpoint,
+)
+from compressor.data import Augmentation, Batch, TrainingData, training_batches
+from compressor.errors import InterruptedRunError, NonFiniteLossError, TerminatedRunError
+from compressor.interruption import StopWish
+from compressor.methods.protocol import Method
+from compressor.metrics import (
+    CandidateValidated,
+    CheckpointSaved,
+    Observer,
+    StepDone,
+    TrainingEnded,
+    TrainingStarted,
+    ValidationStarted,
+)
+from compressor.recipe import PerformanceSettings, Recipe
+from compressor.run_directory import RunDirectory
+from compressor.schedules import Progress, rate_factor
+from compressor.selection import measure_on_validation
+from compressor.student import Student
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """The parts of one training run; the mutable ones are the tensors of the student."""
+
+    recipe: Recipe
+    settings: PerformanceSettings
+    run: RunDirectory
+    data: TrainingData
+    student: Student
+    method: Method[Any]
+    tensors: TrainedTensors
+    observe: Observer
+    resume_command: str
+    """What to type after an interruption."""
+    stop: StopWish = field(default_factory=StopWish)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches of one epoch, the last smaller one included."""
+        return self.num_steps // self.recipe.training.epochs
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of the whole run."""
+        return num_steps_of(self.recipe, self.data)
+
+
+def num_steps_of(recipe: Recipe, data: TrainingData) -> int:
+    """Steps of a run; every epoch keeps its last, smaller batch."""
+    per_epoch = math.ceil(data.train.num_images / recipe.training.batch_size)
+    return per_epoch * recipe.training.epochs
+
+
+def trained_tensors(student: Student, recipe: Recipe) -> TrainedTensors:
+    """Optimiser and moving average of a student at the start of a run."""
+    training = recipe.training
+    optimizer = torch.optim.SGD(
+        student.network.parameters(),
+        lr=training.learning_rate,
+        momentum=training.momentum,
+        weight_decay=training.weight_decay,
+        nesterov=training.nesterov,
+    )
+    average = None
+    if training.ema_decay is not None:
+        average = {name: t.detach().clone() for name, t in student.network.state_dict().items()}
+    return TrainedTensors(network=student.network, optimizer=optimizer, average=average)
+
+
+def fit(training: Training, state: TrainState) -> TrainState:
+    """Train from `state` to the last epoch.
+
+    Returns:
+        The final state; `best` names the selected checkpoint.
+
+    Raises:
+        NonFiniteLossError: at the first loss that is not finite, before its step is taken.
+        InterruptedRunError: when a stop was wished for; everything is saved.
+    """
+    recipe = training.recipe
+    training.observe(
+        TrainingStarted(
+            name=recipe.name,
+            step=state.step,
+            epoch=state.epoch,
+            num_steps=training.num_steps,
+            num_epochs=recipe.training.epochs,
+            num_parameters=sum(p.numel() for p in training.student.network.parameters()),
+        )
+    )
+    if not training.run.checkpoint_steps():
+        _save(training, state)
+    while state.epoch < recipe.training.epochs:
+        state = _train_epoch(training, state)
+        if _is_validation_due(training, state):
+            state = _select(training, state)
+        _save(training, state)
+    best_epoch = state.best.epoch if state.best else state.epoch
+    training.observe(TrainingEnded(step=state.step, best_epoch=best_epoch))
+    return state
+
+
+def _train_epoch(training: Training, state: TrainState) -> TrainState:
+    """All batches of `state.epoch` that are not done yet."""
+    saved_at_seconds = time.monotonic()
+    for batch, seconds in _timed(_batches(training, state)):
+        started_at_seconds = time.perf_counter()
+        values, method_state = _train_step(training, batch, state)
+        seconds += time.perf_counter() - started_at_seconds
+        state = replace(
+            state,
+            step=state.step + 1,
+            batch_in_epoch=state.batch_in_epoch + 1,
+            method_state=method_state,
+        )
+        speed = {"speed_images_per_second": len(batch.y_N) / seconds}
+        if state.step % training.settings.log_every_steps == 0 or state.step == 1:
+            training.observe(
+                StepDone(step=state.step, epoch=state.epoch + 1, values=values | speed)
+            )
+        is_due = (
+            time.monotonic() - saved_at_seconds > 60 * training.settings.checkpoint_every_minutes
+        )
+        if is_due or training.stop.signal_number is not None:
+            _save(training, state)
+            saved_at_seconds = time.monotonic()
+        if training.stop.signal_number is not None:
+            raise _interruption(training, state)
+    return replace(state, epoch=state.epoch + 1, batch_in_epoch=0)
+
+
+def _train_step(
+    training: Training, batch: Batch, state: TrainState
+) -> tuple[dict[str, float], object]:
+    optimizer, recipe = training.tensors.optimizer, training.recipe
+    progress = Progress(
+        epoch=state.epoch,
+        step=state.step,
+        num_epochs=recipe.training.epochs,
+        num_steps=training.num_steps,
+    )
+    factor = rate_factor(recipe.training.schedule, progress)
+    result, method_state = training.method.step(
+        training.student, batch, state.method_state, rate_factor=factor
+    )
+    if not math.isfinite(result.logged["loss_nats"]):
+        raise _non_finite(training, batch, step=state.step + 1, values=dict(result.logged))
+    learning_rate = recipe.training.learning_rate * factor
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    optimizer.zero_grad(set_to_none=True)
+    result.loss.backward()  # type: ignore[no-untyped-call]
+    if recipe.training.gradient_clip_norm is not None:
+        torch.nn.utils.clip_grad_norm_(
+            training.student.network.parameters(), recipe.training.gradient_clip_norm
+        )
+    optimizer.step()
+    if training.tensors.average is not None and recipe.training.ema_decay is not None:
+        _update_average(training.tensors, decay=recipe.training.ema_decay)
+    return {**result.logged, "learning_rate_fraction": learning_rate}, method_state
+
+
+@torch.no_grad()
+def _update_average(tensors: TrainedTensors, *, decay: float) -> None:
+    """Weights and BatchNorm statistics move towards the present ones; counters are copied."""
+    for name, value in tensors.network.state_dict().items():
+        target = (tensors.average or {})[name]
+        if target.is_floating_point():
+            target.lerp_(value, 1 - decay)
+        else:
+            target.copy_(value)
+
+
+def _is_validation_due(training: Training, state: TrainState) -> bool:
+    """`state.epoch` epochs are done; the last one is always measured."""
+    selection, epochs = training.recipe.selection, training.recipe.training.epochs
+    if state.epoch == epochs:
+        return True
+    return (
+        state.epoch >= selection.from_fraction * epochs
+        and state.epoch % selection.every_epochs == 0
+    )
+
+
+def _select(training: Training, state: TrainState) -> TrainState:
+    """Measure every candidate on held-out images; keep the best mean of clean and robust."""
+    training.observe(ValidationStarted(step=state.step))
+    best = state.best
+    for candidate, network in _candidates(training.tensors):
+        clean, robust = measure_on_validation(
+            network,
+            training.data.validation,
+            recipe=training.recipe,
+            performance=training.student.performance,
+        )
+        score = (clean.fraction + robust.fraction) / 2
+        is_best = best is None or score > best.score
+        if is_best:
+            best = Best(
+                step=state.step,
+                epoch=state.epoch,
+                candidate=candidate,
+                score=score,
+                clean_correct=clean.num_correct,
+                robust_correct=robust.num_correct,
+                num_validation=clean.num_total,
+            )
+        training.observe(
+            CandidateValidated(
+                step=state.step,
+                epoch=state.epoch,
+                candidate=candidate,
+                clean=clean,
+                robust=robust,
+                is_best=is_best,
+            )
+        )
+    return replace(state, best=best)
+
+
+def _candidates(tensors: TrainedTensors) -> Iterator[tuple[Candidate, nn.Module]]:
+    yield "weights", tensors.network
+    if tensors.average is not None:
+        averaged = copy.deepcopy(tensors.network)
+        averaged.load_state_dict(dict(tensors.average))
+        yield "average", averaged
+
+
+def _batches(training: Training, state: TrainState) -> Iterator[Batch]:
+    data = training.recipe.data
+    return training_batches(
+        training.data.train,
+        batch_size=training.recipe.training.batch_size,
+        seed=training.recipe.seed,
+        epoch=state.epoch,
+        first_batch=state.batch_in_epoch,
+        augment=Augmentation(
+            crop_padding_pixels=data.crop_padding_pixels, horizontal_flip=data.horizontal_flip
+        ),
+    )
+
+
+def _timed(batches: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:
+    """Each batch with the seconds that it took to come."""
+    while True:
+        started_at_seconds = time.perf_counter()
+        batch = next(batches, None)
+        if batch is None:
+            return
+        yield batch, time.perf_counter() - started_at_seconds
+
+
+def _save(training: Training, state: TrainState) -> None:
+    recipe_id, run = training.recipe.recipe_id, training.run
+    path = save_checkpoint(run, state, training.tensors, recipe_id=recipe_id)
+    kept = training.settings.keep_every_epochs
+    kept_steps: set[int] = set()
+    if kept is not None:
+        per_epoch = training.steps_per_epoch
+        kept_steps = {s for s in run.checkpoint_steps() if s and s % (kept * per_epoch) == 0}
+    prune_checkpoints(run, state, kept_steps=kept_steps)
+    training.observe(CheckpointSaved(step=state.step, path=str(path)))
+
+
+def _interruption(training: Training, state: TrainState) -> InterruptedRunError:
+    is_term = training.stop.signal_number == signal.SIGTERM
+    kind = TerminatedRunError if is_term else InterruptedRunError
+    return kind(
+        f"stopped after step {state.step} of {training.num_steps}; everything is saved. "
+        f"Continue with\n  {training.resume_command}"
+    )
+
+
+def _non_finite(
+    training: Training, batch: Batch, *, step: int, values: dict[str, float]
+) -> NonFiniteLossError:
+    indices = batch.index_N.tolist()
+    shown = ", ".join(map(str, indices[:16])) + (", ..." if len(indices) > 16 else "")
+    return NonFiniteLossError(
+        f"the loss of step {step} is not finite ({values}); images {shown} of the training "
+        f"split. The step was not taken. Last good checkpoint: {last_good(training.run)}. "
+        "Try a smaller training.learning_rate, training.gradient_clip_norm = 1.0, or "
+        "--dtype float32"
+    )

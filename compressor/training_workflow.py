@@ -1,0 +1,241 @@
+"""train: from a recipe to a finished run. What `distill` and `teacher train` call."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compressor.attacks.build import selection_attack
+from compressor.checkpoint import TrainState, load_candidate, load_checkpoint
+from compressor.curves import write_curves
+from compressor.data import Batch, TrainingData, evaluation_batches, load_training_data
+from compressor.environment import describe_environment
+from compressor.errors import DataError
+from compressor.folding import EvaluationView
+from compressor.interruption import StopWish
+from compressor.methods.build import build_method, resolve_temperature_rate
+from compressor.metrics import Event, MetricsFile, Observer, TensorBoardFiles
+from compressor.networks import NetworkSpec, build_classifier, save_classifier
+from compressor.performance import Performance, resolve_performance
+from compressor.recipe import BMTARDRecipe, PerformanceSettings, Recipe, resolved_dict
+from compressor.report import Count
+from compressor.run_directory import RunDirectory, write_json_atomically
+from compressor.student import Student
+from compressor.teacher_check import TeacherCheck, check_teacher, refuse_unfit
+from compressor.teachers import Teacher, load_teacher
+from compressor.trainer import Training, fit, num_steps_of, trained_tensors
+
+_TEACHER_CHECK_IMAGES = 512
+_TEACHER_CHECK_STEPS = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingRequest:
+    """What `train` needs besides the recipe."""
+
+    out: Path
+    settings: PerformanceSettings = PerformanceSettings()
+    resume: bool = False
+    resume_command: str = "robust-compress distill RUN --resume"
+    download: bool = False
+    accept_teachers: bool = False
+    """Go on with a teacher that fails its check."""
+
+
+def train(
+    recipe: Recipe,
+    request: TrainingRequest,
+    *,
+    observe: Observer = lambda _: None,
+    on_teacher: Callable[[TeacherCheck], None] = lambda _: None,
+    stop: StopWish | None = None,
+) -> RunDirectory:
+    """Train what the recipe says into a run folder, or continue a run that was interrupted.
+
+    Data and teachers are checked before anything is written.
+
+    Raises:
+        RobustCompressError: of the kind that fits; nothing existing is ever overwritten.
+    """
+    performance = resolve_performance(request.settings)
+    run = RunDirectory.open(request.out) if request.resume else RunDirectory.vacant(request.out)
+    data = load_training_data(
+        recipe.data,
+        seed=recipe.seed,
+        settings=request.settings,
+        device=performance.device,
+        download=request.download,
+    )
+    _refuse_single_image_batches(recipe, data)
+    teachers = load_teachers(recipe, data, performance=performance)
+    checks = _check_teachers(teachers, recipe, data, performance=performance)
+    for check in checks:
+        on_teacher(check)
+        if not request.accept_teachers:
+            refuse_unfit(check)
+    spec = network_spec(recipe, data)
+    student = Student(build_classifier(spec, seed=recipe.seed), performance)
+    run.make()
+    with run.locked():
+        if not request.resume:
+            write_json_atomically(run.environment, describe_environment(performance))
+            write_json_atomically(run.facts, _facts(recipe, data, checks))
+            write_json_atomically(run.resolved_recipe, resolved_dict(recipe))
+        training = Training(
+            recipe=recipe,
+            settings=request.settings,
+            run=run,
+            data=data,
+            student=student,
+            method=build_method(
+                recipe.method,
+                threat=recipe.threat.build(),
+                teachers=teachers,
+                num_steps=num_steps_of(recipe, data),
+            ),
+            tensors=trained_tensors(student, recipe),
+            observe=observe,
+            resume_command=request.resume_command,
+            stop=stop or StopWish(),
+        )
+        _fit_and_finish(training, spec, resume=request.resume)
+    return run
+
+
+def network_spec(recipe: Recipe, data: TrainingData) -> NetworkSpec:
+    """The network that the recipe asks for, for the images that there are."""
+    return NetworkSpec(
+        architecture=recipe.student.architecture,
+        width=recipe.student.width,
+        num_classes=len(data.train.class_names),
+        image_shape=data.train.image_shape,
+        mean=recipe.student.mean,
+        std=recipe.student.std,
+    )
+
+
+def load_teachers(
+    recipe: Recipe, data: TrainingData, *, performance: Performance
+) -> tuple[Teacher, ...]:
+    """All teachers of the recipe, on the device, in the fast form of their eval mode."""
+    teachers = []
+    for table in recipe.teachers:
+        teacher = load_teacher(
+            table, class_names=data.train.class_names, image_shape=data.train.image_shape
+        )
+        if teacher.network is not None:
+            performance.place_network(teacher.network)
+            view = EvaluationView(teacher.network, performance)
+            teacher = dataclasses.replace(teacher, answer=view)
+        teachers.append(teacher)
+    return tuple(teachers)
+
+
+def _check_teachers(
+    teachers: Sequence[Teacher], recipe: Recipe, data: TrainingData, *, performance: Performance
+) -> list[TeacherCheck]:
+    attack = selection_attack(recipe.threat.build(), num_steps=_TEACHER_CHECK_STEPS)
+    attack = dataclasses.replace(attack, step_size_pixels=recipe.threat.epsilon_pixels / 2)
+    batch = _balanced_batch(data)
+    return [check_teacher(t, batch, attack=attack, performance=performance) for t in teachers]
+
+
+def _balanced_batch(data: TrainingData) -> Batch:
+    """Held-out images spread evenly over the split, which may be sorted by class."""
+    stride = max(1, data.validation.num_images // _TEACHER_CHECK_IMAGES)
+    batches = list(evaluation_batches(data.validation, batch_size=stride * 32))
+    return Batch(
+        x_NCHW=torch.cat([batch.x_NCHW[::stride] for batch in batches]),
+        y_N=torch.cat([batch.y_N[::stride] for batch in batches]),
+        index_N=torch.cat([batch.index_N[::stride] for batch in batches]),
+        keys_N=torch.cat([batch.keys_N[::stride] for batch in batches]),
+    )
+
+
+def _fit_and_finish(training: Training, spec: NetworkSpec, *, resume: bool) -> None:
+    run, recipe, method = training.run, training.recipe, training.method
+    state = TrainState(step=0, epoch=0, batch_in_epoch=0, method_state=method.initial_state())
+    if resume and run.checkpoint_steps():
+        state = load_checkpoint(
+            run,
+            training.tensors,
+            recipe_id=recipe.recipe_id,
+            restore_method_state=method.restore_state,
+        )
+    with _writing_metrics(training, step=state.step) as observed:
+        state = fit(observed, state)
+    write_curves(run, title=recipe.name)
+    if state.best is None:
+        raise AssertionError("the last epoch is always validated")
+    network = build_classifier(spec, seed=recipe.seed)
+    network.load_state_dict(load_candidate(run, state.best))
+    metadata = {
+        "robust_compress.recipe_id": recipe.recipe_id,
+        "robust_compress.class_names": json.dumps(training.data.train.class_names),
+    }
+    save_classifier(run.model, network, spec, metadata)
+
+
+@contextmanager
+def _writing_metrics(training: Training, *, step: int) -> Iterator[Training]:
+    """The same training, its events also written to files."""
+    metrics = MetricsFile(training.run, step=step)
+    tensorboard = TensorBoardFiles(training.run, step=step)
+
+    def observe(event: Event) -> None:
+        metrics(event)
+        tensorboard(event)
+        training.observe(event)
+
+    with closing(metrics), closing(tensorboard):
+        yield dataclasses.replace(training, observe=observe)
+
+
+def _refuse_single_image_batches(recipe: Recipe, data: TrainingData) -> None:
+    """BatchNorm in train mode cannot normalise over one value."""
+    num_images, batch_size = data.train.num_images, recipe.training.batch_size
+    if num_images < batch_size:
+        raise DataError(
+            f"{num_images} training images are fewer than training.batch_size = {batch_size}; "
+            "set a smaller training.batch_size"
+        )
+    if num_images % batch_size == 1:
+        raise DataError(
+            f"{num_images} training images in batches of {batch_size} leave a last batch of one, "
+            f"which BatchNorm cannot train on; set training.batch_size = {batch_size + 1}"
+        )
+
+
+def _facts(recipe: Recipe, data: TrainingData, checks: Sequence[TeacherCheck]) -> dict[str, Any]:
+    """What the report needs to know about a run, by content and without paths."""
+    train, validation = data.train, data.validation
+    num_steps = num_steps_of(recipe, data)
+    facts: dict[str, Any] = {
+        "class_names": list(train.class_names),
+        "image_shape": list(train.image_shape),
+        "training_content_sha256": train.content_sha256,
+        "num_training": train.num_images,
+        "num_validation": validation.num_images,
+        "validation_index_sha256": validation.index_sha256,
+        "num_steps": num_steps,
+        "teachers": [_teacher_facts(check) for check in checks],
+    }
+    if isinstance(recipe.method, BMTARDRecipe):
+        rate = resolve_temperature_rate(recipe.method, num_steps=num_steps)
+        facts["temperature_rate_per_step"] = rate
+    return facts
+
+
+def _teacher_facts(check: TeacherCheck) -> dict[str, Any]:
+    return {
+        "role": check.teacher.role,
+        "name": check.teacher.name,
+        "sha256": check.teacher.sha256,
+        "clean": Count.of(check.clean).model_dump(),
+        "robust": Count.of(check.robust).model_dump() if check.robust else None,
+    }

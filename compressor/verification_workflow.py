@@ -1,0 +1,226 @@
+"""verify_run: from a finished run to its report on test images."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from compressor.attacks.build import evaluation_attacks
+from compressor.attacks.protocol import Attack
+from compressor.checkpoint import selected_candidate
+from compressor.cost import Latency, count_multiply_adds, measure_latencies, on_cpu
+from compressor.data import TestSplit, load_test_split
+from compressor.environment import describe_environment
+from compressor.errors import RobustCompressError, RunError
+from compressor.networks import NetworkSpec, count_parameters, load_classifier
+from compressor.onnx_model import load_onnx_model
+from compressor.performance import Performance, resolve_performance
+from compressor.proportions import Proportion
+from compressor.recipe import PerformanceSettings, Recipe, load_recipe, portable_dict
+from compressor.report import (
+    AttackRow,
+    CostRow,
+    Count,
+    DataFacts,
+    RobustnessReport,
+    SelectionFacts,
+    TeacherRow,
+    write_report,
+)
+from compressor.run_directory import RunDirectory, read_json
+from compressor.teachers import Teacher, load_teacher
+from compressor.verification import VerificationProgress, VerificationResult, verify_network
+from compressor.weights import sha256_of_file
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Verified:
+    """What the rows of a report are made from."""
+
+    recipe: Recipe
+    facts: dict[str, Any]
+    spec: NetworkSpec
+    network: nn.Module
+    split: TestSplit
+    result: VerificationResult
+
+
+def verify_run(
+    run: RunDirectory,
+    *,
+    settings: PerformanceSettings,
+    num_images: int | None = None,
+    observe: Callable[[VerificationProgress], None] = lambda _: None,
+) -> RobustnessReport:
+    """Attack the selected network of a run on test images and write report.json and report.md.
+
+    Args:
+        run: a run whose training has ended.
+        settings: the device; the number format is always float32 here.
+        num_images: a class-balanced part of the test images; None for all.
+        observe: told after every batch.
+
+    Raises:
+        RunError: if training has not ended.
+        DataError: if the test images are not usable.
+    """
+    started_at_seconds = time.perf_counter()
+    performance = Performance(device=resolve_performance(settings).device)
+    if not run.model.is_file():
+        raise RunError(
+            f"{run.path} has no {run.model.name}: its training has not ended; continue it with "
+            "--resume"
+        )
+    recipe = load_recipe(run.resolved_recipe)
+    facts = read_json(run.facts)
+    network, spec = load_classifier(run.model)
+    split = load_test_split(
+        recipe.data, settings=settings, device=performance.device, num_images=num_images
+    )
+    _refuse_other_classes(split, facts)
+    attacks = _attacks_of(recipe)
+    result = verify_network(network, attacks, split, performance=performance, observe=observe)
+    verified = _Verified(
+        recipe=recipe, facts=facts, spec=spec, network=network, split=split, result=result
+    )
+    report = RobustnessReport(
+        name=recipe.name,
+        recipe_id=recipe.recipe_id,
+        recipe=portable_dict(recipe),
+        architecture=f"{spec.architecture}, width {spec.width:g}",
+        model_sha256=sha256_of_file(run.model),
+        norm=recipe.threat.norm,
+        epsilon_pixels=recipe.threat.epsilon_pixels,
+        data=_data_facts(verified),
+        selection=_selection(run),
+        teachers=tuple(TeacherRow.model_validate(row) for row in facts["teachers"]),
+        clean=Count.of(result.clean),
+        attacks=tuple(_attack_row(name, attack, result) for name, attack in attacks.items()),
+        worst_case=Count.of(result.worst_case),
+        cost=tuple(_cost_rows(run, verified)),
+        environment=describe_environment(performance),
+        duration_seconds=time.perf_counter() - started_at_seconds,
+    )
+    write_report(report, json_path=run.report_json, markdown_path=run.report_markdown)
+    return report
+
+
+def _attacks_of(recipe: Recipe) -> dict[str, Attack]:
+    known = evaluation_attacks(recipe.threat.build())
+    return {name: known[name] for name in recipe.verification.attacks}
+
+
+def _attack_row(name: str, attack: Attack, result: VerificationResult) -> AttackRow:
+    found = result.attacks[name]
+    parameters = {
+        key: value for key, value in vars(attack).items() if isinstance(value, int | float | str)
+    }
+    return AttackRow(
+        name=name,
+        parameters=parameters,
+        accuracy=Count.of(found.accuracy),
+        w_robust_fraction=(result.clean.fraction + found.accuracy.fraction) / 2,
+        duration_seconds=found.duration_seconds,
+    )
+
+
+def _selection(run: RunDirectory) -> SelectionFacts:
+    best = selected_candidate(run)
+    total = best.num_validation
+    return SelectionFacts(
+        epoch=best.epoch,
+        candidate=best.candidate,
+        clean=Count.of(Proportion(num_correct=best.clean_correct, num_total=total)),
+        robust=Count.of(Proportion(num_correct=best.robust_correct, num_total=total)),
+    )
+
+
+def _data_facts(verified: _Verified) -> DataFacts:
+    facts, split = verified.facts, verified.split
+    return DataFacts(
+        source=portable_dict(verified.recipe)["data"]["source"],
+        class_names=split.class_names,
+        training_content_sha256=facts["training_content_sha256"],
+        num_training=facts["num_training"],
+        num_validation=facts["num_validation"],
+        validation_index_sha256=facts["validation_index_sha256"],
+        test_content_sha256=split.content_sha256,
+        num_test=split.num_images,
+        test_index_sha256=split.index_sha256,
+    )
+
+
+def _refuse_other_classes(split: TestSplit, facts: dict[str, Any]) -> None:
+    if list(split.class_names) != facts["class_names"]:
+        raise RunError(
+            f"the test images have the classes {list(split.class_names)[:5]}..., the run was "
+            f"trained on {facts['class_names'][:5]}...; give the data of the run"
+        )
+
+
+def _cost_rows(run: RunDirectory, verified: _Verified) -> list[CostRow]:
+    """Teachers that can still be found, the student, and the exported file if there is one."""
+    shape = verified.spec.image_shape
+    teachers = list(_found_teachers(verified))
+    networks = {_unique(t, teachers): t.network for t in teachers if t.network is not None}
+    student = f"student {verified.spec.architecture}"
+    networks[student] = verified.network  # type: ignore[assignment]
+    num_bytes = {_unique(t, teachers): t.num_bytes for t in teachers}
+    num_bytes[student] = run.model.stat().st_size
+    models: dict[str, Callable[[Any], Any]] = {n: on_cpu(net) for n, net in networks.items() if net}
+    models |= {_unique(t, teachers): t.answer for t in teachers if t.network is None}
+    onnx = run.onnx("fp32")
+    if onnx.is_file():
+        models[onnx.name] = load_onnx_model(onnx)
+        num_bytes[onnx.name] = onnx.stat().st_size
+    latencies = measure_latencies(models, shape)
+    rows = []
+    for name, latency in latencies.items():
+        network = networks.get(name)
+        rows.append(_cost_row(name, latency, network, shape=shape, num_bytes=num_bytes[name]))
+    return rows
+
+
+def _cost_row(
+    name: str,
+    latency: Latency,
+    network: nn.Module | None,
+    *,
+    shape: tuple[int, int, int],
+    num_bytes: int,
+) -> CostRow:
+    return CostRow(
+        name=name,
+        num_parameters=count_parameters(network) if network is not None else None,
+        num_multiply_adds=count_multiply_adds(network, shape) if network is not None else None,
+        num_bytes=num_bytes,
+        latency_ms=latency.median_ms,
+        latency_low_ms=latency.low_ms,
+        latency_high_ms=latency.high_ms,
+    )
+
+
+def _found_teachers(verified: _Verified) -> list[Teacher]:
+    """Costs are a courtesy: a teacher that has moved since training leaves its row out."""
+    found = []
+    for table in verified.recipe.teachers:
+        try:
+            found.append(
+                load_teacher(
+                    table,
+                    class_names=verified.split.class_names,
+                    image_shape=verified.spec.image_shape,
+                )
+            )
+        except RobustCompressError:
+            continue
+    return found
+
+
+def _unique(teacher: Teacher, teachers: Sequence[Teacher]) -> str:
+    name = f"{teacher.role} teacher {Path(teacher.name).stem}"
+    is_only_one = sum(t.role == teacher.role for t in teachers) == 1
+    return name if is_only_one else f"{name} {teacher.sha256[:6]}"

@@ -1,0 +1,71 @@
+"""export_run: from a finished run to a file that is shown to be the same model."""
+
+import dataclasses
+import json
+
+import torch
+from compressor.networks import load_classifier
+from compressor.onnx_model import load_onnx_model
+from compressor.weights import sha256_of_file
+
+from compressor.data import load_training_data
+from compressor.errors import ArtefactMismatchError, RunError
+from compressor.recipe import PerformanceSettings, load_recipe
+from compressor.run_directory import RunDirectory, read_json, write_json_atomically
+from exporters.exported_model import ExportedModel
+from exporters.to_onnx import INPUT_CONTRACT, INPUT_NAME, OPSET, write_onnx
+from exporters.verify import verify_export
+
+
+def export_run(run: RunDirectory, *, settings: PerformanceSettings) -> ExportedModel:
+    """Write the selected network of a run as fp32 ONNX and compare the file's answers with it.
+
+    Raises:
+        RunError: if training has not ended.
+        ArtefactMismatchError: if the file answers differently; its verification says how.
+    """
+    if not run.model.is_file():
+        raise RunError(
+            f"{run.path} has no {run.model.name}: its training has not ended; continue it with "
+            "--resume"
+        )
+    recipe, facts = load_recipe(run.resolved_recipe), read_json(run.facts)
+    network, spec = load_classifier(run.model)
+    source_sha256 = sha256_of_file(run.model)
+    path = run.onnx("fp32")
+    metadata = {
+        "robust_compress.class_names": json.dumps(facts["class_names"]),
+        "robust_compress.input_contract": INPUT_CONTRACT,
+        "robust_compress.recipe_id": recipe.recipe_id,
+        "robust_compress.source_sha256": source_sha256,
+        "robust_compress.threat": str(recipe.threat.build()),
+    }
+    write_onnx(network, path, image_shape=spec.image_shape, metadata=metadata)
+    data = load_training_data(
+        recipe.data, seed=recipe.seed, settings=settings, device=torch.device("cpu")
+    )
+    verification = verify_export(
+        network, load_onnx_model(path), data.validation, threat=recipe.threat.build()
+    )
+    exported = ExportedModel(
+        path=path,
+        format="onnx",
+        precision="fp32",
+        opset=OPSET,
+        input_name=INPUT_NAME,
+        input_contract=INPUT_CONTRACT,
+        sha256=sha256_of_file(path),
+        source_sha256=source_sha256,
+        num_bytes=path.stat().st_size,
+        verification=verification,
+    )
+    table = dataclasses.asdict(exported) | {"path": path.name}
+    write_json_atomically(run.onnx_verification("fp32"), table)
+    if verification.status != "verified":
+        failed = path.with_name(f"failed.{path.name}")
+        path.replace(failed)
+        raise ArtefactMismatchError(
+            f"{failed} does not answer as its source: {verification.reason}. Do not deploy it; "
+            f"details in {run.onnx_verification('fp32')}"
+        )
+    return exported
