@@ -9,7 +9,12 @@ from compressor.errors import UsageError
 from compressor.recipe import Recipe, apply_override, load_recipe, parse_recipe, read_table
 from compressor.run_directory import RunDirectory
 
-_DEFAULT_VALIDATION_SIZES = {"digits": 200, "cifar10": 5_000, "cifar100": 5_000}
+_DEFAULT_DATA: dict[str, dict[str, Any]] = {
+    "digits": {"validation_size": 200, "crop_padding_pixels": 1, "horizontal_flip": False},
+    "cifar10": {"validation_size": 5_000},
+    "cifar100": {"validation_size": 5_000},
+}
+"""A mirrored digit is another sign."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,11 +75,8 @@ def _default_table(named: NamedOptions) -> dict[str, Any]:
             "from: examples/recipes"
         )
     kind = str(named.data).partition(":")[0]
-    return {
-        "name": f"{kind}-bmtard",
-        "data": {"validation_size": _DEFAULT_VALIDATION_SIZES.get(kind, 1_000)},
-        "method": {"name": "bmtard"},
-    }
+    data = _DEFAULT_DATA.get(kind, {"validation_size": 1_000})
+    return {"name": f"{kind}-bmtard", "data": dict(data), "method": {"name": "bmtard"}}
 
 
 def _put_named(table: dict[str, Any], named: NamedOptions) -> None:

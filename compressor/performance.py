@@ -30,7 +30,7 @@ class Performance:
 
     def place_network(self, network: nn.Module) -> nn.Module:
         """The same module on the device, its 4-D weights in the layout convolutions like."""
-        return network.to(device=self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+        return network.to(device=self.device).to(memory_format=torch.channels_last)
 
     def place_images(self, x_NCHW: Tensor) -> Tensor:
         """The images on the device in the layout convolutions like."""

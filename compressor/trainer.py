@@ -179,7 +179,7 @@ def _train_step(
     optimizer.step()
     if training.tensors.average is not None and recipe.training.ema_decay is not None:
         _update_average(training.tensors, decay=recipe.training.ema_decay)
-    return {**result.logged, "learning_rate_fraction": learning_rate}, method_state
+    return {**result.logged, "learning_rate_per_step": learning_rate}, method_state
 
 
 @torch.no_grad()

@@ -81,7 +81,7 @@ def verify_run(
         recipe.data, settings=settings, device=performance.device, num_images=num_images
     )
     _refuse_other_classes(split, facts)
-    attacks = _attacks_of(recipe)
+    attacks = evaluation_attacks(recipe.threat.build())
     result = verify_network(network, attacks, split, performance=performance, observe=observe)
     verified = _Verified(
         recipe=recipe, facts=facts, spec=spec, network=network, split=split, result=result
@@ -106,11 +106,6 @@ def verify_run(
     )
     write_report(report, json_path=run.report_json, markdown_path=run.report_markdown)
     return report
-
-
-def _attacks_of(recipe: Recipe) -> dict[str, Attack]:
-    known = evaluation_attacks(recipe.threat.build())
-    return {name: known[name] for name in recipe.verification.attacks}
 
 
 def _attack_row(name: str, attack: Attack, result: VerificationResult) -> AttackRow:

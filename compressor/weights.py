@@ -273,17 +273,17 @@ def _head_name(expected: Mapping[str, Tensor]) -> str:
 
 def _hint(fitted: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
     """What explains a mismatch, judged by the first convolution and the last linear layer."""
-    stem = next((name for name, tensor in expected.items() if tensor.dim() == 4), "")
-    hint = ""
-    if stem in fitted and fitted[stem].dim() == 4:
-        hint = _stem_hint(tuple(fitted[stem].shape), tuple(expected[stem].shape))
+    hint = "name the architecture that the weights were made for"
+    if any(name not in fitted for name in expected if not _is_dead(name)):
+        return hint
     head = _head_name(expected)
-    if not hint and head in fitted and fitted[head].shape[0] != expected[head].shape[0]:
+    if head and fitted[head].shape[0] != expected[head].shape[0]:
         hint = (
             f"the file has {fitted[head].shape[0]} classes, the network "
             f"{expected[head].shape[0]}; use weights trained on the same classes"
         )
-    return hint or "name the architecture that the weights were made for"
+    stem = next((name for name, t in expected.items() if t.dim() == fitted[name].dim() == 4), "")
+    return (stem and _stem_hint(tuple(fitted[stem].shape), tuple(expected[stem].shape))) or hint
 
 
 def _stem_hint(have: tuple[int, ...], want: tuple[int, ...]) -> str:

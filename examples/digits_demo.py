@@ -34,7 +34,6 @@ TEACHER = {"architecture": "resnet18", "width": 0.25}
 STUDENT = {"architecture": "resnet18", "width": 0.0625}
 TEACHER_EPOCHS = 30
 STUDENT_EPOCHS = 30
-ATTACKS = ("fgsm", "pgd_sat", "pgd_trades", "cw_inf")
 SETTINGS = PerformanceSettings(log_every_steps=1)
 
 MODELS = {
@@ -116,7 +115,6 @@ def _recipe(name: str, seed: int, runs: Mapping[str, RunDirectory]) -> Recipe:
             "schedule": {"kind": "one_cycle"},
         },
         "selection": {"every_epochs": 2, "from_fraction": 0.5, "num_steps": 10},
-        "verification": {"attacks": list(ATTACKS)},
     }
     if method["name"] == "bmtard":
         table["teachers"] = [
@@ -198,6 +196,7 @@ def _markdown(
         columns = zip(*(_accuracies(reports[name]) for reports, _ in results), strict=True)
         rows.append([name, *(_mean_and_spread(column) for column in columns)])
     reports, exported = results[-1]
+    environment = describe_environment(resolve_performance(SETTINGS))
     shown = exported.verification
     parts += [
         f"## Mean over {len(seeds)} seeds (lowest to highest)",
@@ -208,13 +207,9 @@ def _markdown(
         f"{shown.adversarial_agreement} adversarial held-out images; {shown.reason}.",
         "## How it was made",
         f"`python examples/digits_demo.py --seeds {' '.join(map(str, seeds))}`, {minutes:.1f} min.",
-        "\n".join(f"- {k}: {v}" for k, v in describe_environment(_performance()).items()),
+        "\n".join(f"- {name}: {value}" for name, value in environment.items()),
     ]
     return "\n\n".join(parts) + "\n"
-
-
-def _performance() -> Any:
-    return resolve_performance(SETTINGS)
 
 
 def _mean_and_spread(values: Sequence[float]) -> str:

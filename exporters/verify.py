@@ -3,11 +3,11 @@
 from collections.abc import Callable
 
 import torch
-from compressor.networks import evaluation_mode
 from torch import Tensor, nn
 
 from compressor.attacks.build import evaluation_attacks
 from compressor.data import TrainingSplit, evaluation_batches
+from compressor.networks import evaluation_mode
 from compressor.proportions import Proportion
 from compressor.threat import ThreatModel
 from exporters.exported_model import LABEL_TOLERANCE_MARGIN, ExportVerification

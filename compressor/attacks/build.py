@@ -6,7 +6,7 @@ from types import MappingProxyType
 from compressor.attacks.margin import MarginPGD
 from compressor.attacks.pgd import PGD
 from compressor.attacks.protocol import Attack, Objective
-from compressor.recipe import AttackName, InnerAttackRecipe
+from compressor.recipe import InnerAttackRecipe
 from compressor.threat import ThreatModel
 
 _PAPER_EPSILON_PIXELS = 8 / 255
@@ -27,7 +27,7 @@ def build_inner_attack(
     )
 
 
-def evaluation_attacks(threat: ThreatModel) -> Mapping[AttackName, Attack]:
+def evaluation_attacks(threat: ThreatModel) -> Mapping[str, Attack]:
     """The white-box attacks that the distillation papers report.
 
     Parameters are those at 8/255, and steps keep their ratio to epsilon at any other radius, so

@@ -110,7 +110,7 @@ def test_attack_reaches_the_border_at_every_radius(name, epsilon):
 @every_attack
 def test_attack_leaves_the_network_alone(name, trained):
     network, x, y = trained
-    check_untouched(network, network, name, x, y)
+    check_untouched(network, network, name, (x, y))
 
 
 @every_attack
@@ -119,10 +119,11 @@ def test_attack_through_a_view_leaves_the_training_network_alone(name, make_tiny
     network.bn2.eval()  # frozen on purpose
     x, y = make_images(dtype=torch.float64)
     network(x)
-    check_untouched(network, EvaluationView(network, PERFORMANCE), name, x, y)
+    check_untouched(network, EvaluationView(network, PERFORMANCE), name, (x, y))
 
 
-def check_untouched(network, model, name, x, y):
+def check_untouched(network, model, name, images):
+    x, y = images
     flags = [module.training for module in network.modules()]
     tensors = {key: value.clone() for key, value in network.state_dict().items()}
     x_before, y_before = x.clone(), y.clone()

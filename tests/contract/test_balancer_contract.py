@@ -18,6 +18,8 @@ from compressor.methods.bmtard import BMTARD, BMTARDState
 negative_entropies = st.floats(-7, 1e-4, allow_subnormal=False)
 temperatures = st.floats(1, 10)
 losses = st.floats(1e-9, 1e6)
+two_losses = st.tuples(losses, losses)
+two_negative_entropies = st.tuples(negative_entropies, negative_entropies)
 fractions = st.floats(0, 1)
 
 
@@ -75,9 +77,9 @@ def test_temperatures_equal_entropies_are_a_fixed_point(robust, clean, entropy):
     assert temperatures_after(robust, clean, (entropy, entropy)) == (robust, clean)
 
 
-@given(temperatures, temperatures, negative_entropies, negative_entropies, fractions)
-def test_temperatures_stay_in_bounds_and_move_one_step(robust, clean, a, b, rate):
-    after = temperatures_after(robust, clean, (a, b), rate=rate)
+@given(temperatures, temperatures, two_negative_entropies, fractions)
+def test_temperatures_stay_in_bounds_and_move_one_step(robust, clean, entropies, rate):
+    after = temperatures_after(robust, clean, entropies, rate=rate)
     for old, new in zip((robust, clean), after, strict=True):
         assert 1 <= new <= 10
         assert abs(new - old) <= rate * (1 + 1e-9) + 1e-12
@@ -98,18 +100,18 @@ def test_temperatures_bring_entropies_together(a, b):
         assert (robust, clean) == pytest.approx((5 - 0.01 * sign, 5 + 0.01 * sign))
 
 
-@given(fractions, losses, losses, losses, losses, fractions)
-def test_loss_weights_sum_to_one_and_stay_in_bounds(robust, a, b, first_a, first_b, rate):
-    state = weight_state(robust, first=(first_a, first_b))
+@given(fractions, two_losses, two_losses, fractions)
+def test_loss_weights_sum_to_one_and_stay_in_bounds(robust, now, first, rate):
+    state, (a, b) = weight_state(robust, first=first), now
     after = balance_loss_weights(state, robust_loss=a, clean_loss=b, rate=rate)
     assert after.robust + after.clean == pytest.approx(1, abs=1e-12)
     assert 0 <= after.robust <= 1
     assert 0 <= after.clean <= 1
 
 
-@given(fractions, losses, losses, losses, losses, fractions)
-def test_loss_weights_swapping_teachers_swaps_the_result(robust, a, b, first_a, first_b, rate):
-    state = weight_state(robust, first=(first_a, first_b))
+@given(fractions, two_losses, two_losses, fractions)
+def test_loss_weights_swapping_teachers_swaps_the_result(robust, now, first, rate):
+    state, (a, b) = weight_state(robust, first=first), now
     there = balance_loss_weights(state, robust_loss=a, clean_loss=b, rate=rate)
     back = balance_loss_weights(swapped(state), robust_loss=b, clean_loss=a, rate=rate)
     assert there == swapped(back)

@@ -19,7 +19,7 @@ NUM_IMAGES = 16
 NUM_CLASSES = 4
 EPSILON, STEP_SIZE, ATTACK_STEPS = 8 / 255, 2 / 255, 10
 TEMPERATURE_RATE, WEIGHT_RATE = 0.03, 0.025
-LOWEST, HIGHEST = 1.0, 1.4  # low enough to be reached
+LOWEST, HIGHEST = 1.0, 1.35  # low enough to be reached
 LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 0.05, 0.9, 2e-4
 DECAY_FROM_STEP, DECAY = 16, 0.1
 GUARD = 1e-5
@@ -93,6 +93,13 @@ def move(temperature, own, other, rate):
     return min(HIGHEST, max(LOWEST, moved))
 
 
+def shares(relative_robust, relative_clean):
+    """As the script does it: each over their mean, then over the sum of the two."""
+    mean = (relative_robust + relative_clean) / 2
+    robust, clean = relative_robust / mean, relative_clean / mean
+    return robust / (robust + clean), clean / (robust + clean)
+
+
 def run_oracle():
     student = make_student()
     robust_teacher, clean_teacher = make_teachers()
@@ -128,11 +135,9 @@ def run_oracle():
 
         if reference_robust is None:
             reference_robust, reference_clean = value_robust, value_clean
-        relative_robust = value_robust / reference_robust
-        relative_clean = value_clean / reference_clean
-        mean_relative = (relative_robust + relative_clean) / 2
-        goal_robust = relative_robust / mean_relative / 2
-        goal_clean = relative_clean / mean_relative / 2
+        goal_robust, goal_clean = shares(
+            value_robust / reference_robust, value_clean / reference_clean
+        )
         weight_robust -= WEIGHT_RATE * factor * (weight_robust - goal_robust)
         weight_clean -= WEIGHT_RATE * factor * (weight_clean - goal_clean)
         weight_robust, weight_clean = max(weight_robust, 0.0), max(weight_clean, 0.0)

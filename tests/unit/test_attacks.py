@@ -99,9 +99,7 @@ def naive_margin_attack(x_NCHW, y_N, *, num_steps):
                 slope = naive_margin(up, y) - naive_margin(down, y)
                 signs.append(0 if abs(slope) < 1e-12 else (1 if slope > 0 else -1))
             moved = [a + STEP * s for a, s in zip(adv, signs, strict=True)]
-            adv = [
-                min(max(m, s - EPSILON), s + EPSILON) for m, s in zip(moved, start, strict=True)
-            ]
+            adv = [min(max(m, s - EPSILON), s + EPSILON) for m, s in zip(moved, start, strict=True)]
         results.append([min(max(a, 0.0), 1.0) for a in adv])
     return torch.tensor(results, dtype=torch.float64).view_as(x_NCHW)
 

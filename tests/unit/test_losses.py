@@ -129,7 +129,7 @@ LOSSES = [
 
 
 @pytest.mark.parametrize(("teacher", "temperature", "student", "guarded", "exact"), LOSSES)
-def test_kl_worked_losses(teacher, temperature, student, guarded, exact):
+def test_kl_worked_losses(*, teacher, temperature, student, guarded, exact):
     p = temper(TEACHERS[teacher], temperature)
     assert float(element_mean(guarded_kl(p, student))) == pytest.approx(guarded, abs=6e-9)
     assert float(element_mean(kl_to_probabilities(student, p))) == pytest.approx(exact, abs=6e-9)
@@ -168,9 +168,7 @@ def test_cross_entropy_uniform_is_log_of_classes():
     assert_close(cross_entropy(torch.zeros(3, 4), torch.arange(3)), torch.full((3,), math.log(4)))
 
 
-@pytest.mark.parametrize(
-    ("label", "expected"), [(0, -1.0), (1, 1.0), (2, 1.5), (3, 2.0)], ids=str
-)
+@pytest.mark.parametrize(("label", "expected"), [(0, -1.0), (1, 1.0), (2, 1.5), (3, 2.0)], ids=str)
 def test_margin_of_first_worked_row(label, expected):
     assert margin(ROBUST_TEACHER[:1], torch.tensor([label])).tolist() == [expected]
 

@@ -70,9 +70,7 @@ def test_bounds_without_a_failure_or_a_success_have_closed_forms(n):
 @pytest.mark.parametrize("confidence", [0.5, 0.9, 0.95, 0.99])
 def test_true_coverage_is_never_below_confidence(confidence):
     n = 30
-    lower = [
-        Proportion(num_correct=k, num_total=n).lower_bound(confidence) for k in range(n + 1)
-    ]
+    lower = [Proportion(num_correct=k, num_total=n).lower_bound(confidence) for k in range(n + 1)]
     # Coverage is lowest just below each bound; a grid in between cannot surprise.
     probabilities = [bound - 1e-9 for bound in lower[1:]] + [i / 100 for i in range(101)]
     for p in probabilities:
@@ -88,7 +86,11 @@ def test_large_counts_are_quick_and_solve_the_equation(k, n):
     assert time.process_time() - started < 0.5
     log_p, log_q = math.log(bound), math.log1p(-bound)
     log_terms = [
-        math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) + i * log_p + (n - i) * log_q
+        math.lgamma(n + 1)
+        - math.lgamma(i + 1)
+        - math.lgamma(n - i + 1)
+        + i * log_p
+        + (n - i) * log_q
         for i in range(k, n + 1)
     ]
     assert math.fsum(map(math.exp, log_terms)) == pytest.approx(0.05, rel=1e-5)

@@ -49,7 +49,9 @@ def problems_of(*overrides):
 
 def leaves(value, place=""):
     """Dotted keys of everything that is not a table."""
-    if isinstance(value, dict) or (isinstance(value, list) and value and isinstance(value[0], dict)):
+    if isinstance(value, dict) or (
+        isinstance(value, list) and value and isinstance(value[0], dict)
+    ):
         items = value.items() if isinstance(value, dict) else enumerate(value)
         return [leaf for key, inner in items for leaf in leaves(inner, f"{place}.{key}")]
     return [place.removeprefix(".")]

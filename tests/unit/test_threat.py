@@ -48,7 +48,14 @@ def test_project_is_idempotent_and_per_pixel():
 
 @pytest.mark.parametrize(
     ("given", "value"),
-    [("8/255", 8 / 255), ("0.031", 0.031), (0.031, 0.031), (1, 1.0), ("1e-2", 0.01), (" 1 / 4", 0.25)],
+    [
+        ("8/255", 8 / 255),
+        ("0.031", 0.031),
+        (0.031, 0.031),
+        (1, 1.0),
+        ("1e-2", 0.01),
+        (" 1 / 4", 0.25),
+    ],
 )
 def test_parse_fraction(given, value):
     parsed = parse_fraction(given)

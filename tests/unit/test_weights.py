@@ -4,8 +4,6 @@ import math
 import os
 import pickle
 import struct
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -222,7 +220,7 @@ WILD_LAYOUTS = {
         lambda state: renamed(state, ("downsample", "shortcut"), ("fc.", "linear.")),
     ),
     "kuangliu mobilenet": ("mobilenet_v2", lambda state: state),
-    "akamaster resnet56": ("resnet56", lambda state: renamed(state, ("fc.", "linear."))),
+    "chenyaofo resnet56": ("resnet56", lambda state: state),
     "TRADES": (
         "wide_resnet_34_10",
         lambda state: (
@@ -287,8 +285,8 @@ def test_a_mismatch_is_named_and_explained(source, message):
 def test_at_most_three_keys_are_listed():
     with pytest.raises(WeightsError) as caught:
         fit_to_layout(build("tiny").state_dict(), build("resnet18"))
-    assert str(caught.value).count(" has ") == 2  # the first follows "the file"
-    assert "more. Next: " in str(caught.value)
+    assert str(caught.value).count("has no") == 3
+    assert "more. Next: name the architecture" in str(caught.value)
 
 
 def test_missing_and_unexpected_keys_are_named():
@@ -297,15 +295,3 @@ def test_missing_and_unexpected_keys_are_named():
     state["extra"] = torch.ones(2)
     with pytest.raises(WeightsError, match=r"has no 'fc\.bias' \(4,\); has 'extra' \(2,\)"):
         fit_to_layout(state, build("tiny"))
-
-
-def test_the_order_of_texts_does_not_depend_on_the_process(tmp_path):
-    script = (
-        "import torch; from pathlib import Path; from compressor.weights import *;"
-        "write_safetensors(Path(__import__('sys').argv[1]), {'a': torch.ones(2)},"
-        " {f'key{i}': 'v' for i in range(12)})"
-    )
-    for name in ("a", "b"):
-        path = tmp_path / f"{name}.safetensors"
-        subprocess.run([sys.executable, "-c", script, str(path)], check=True)
-    assert sha256_of_file(tmp_path / "a.safetensors") == sha256_of_file(tmp_path / "b.safetensors")

@@ -1,0 +1,126 @@
+"""B-MTARD against twenty pinned steps of an oracle that shares no code with it."""
+
+import dataclasses
+import json
+import runpy
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from compressor.attacks import pgd
+from compressor.attacks.build import build_inner_attack
+from compressor.data import Batch
+from compressor.losses import cross_entropy
+from compressor.methods.bmtard import BMTARD
+from compressor.performance import Performance
+from compressor.recipe import InnerAttackRecipe
+from compressor.student import Student
+from compressor.threat import ThreatModel
+
+HERE = Path(__file__).parent
+ORACLE = SimpleNamespace(**runpy.run_path(str(HERE / "make_bmtard_oracle.py")))
+STEPS = json.loads((HERE / "bmtard_float64.json").read_text())["steps"]
+PERFORMANCE = Performance(device=torch.device("cpu"))
+
+
+def make_method(dtype=torch.float64):
+    robust, clean = (teacher.to(dtype) for teacher in ORACLE.make_teachers())
+    threat = ThreatModel(epsilon_pixels=ORACLE.EPSILON)
+    return BMTARD(
+        clean_teacher=SimpleNamespace(logits=torch.no_grad()(clean)),
+        robust_teacher=SimpleNamespace(logits=torch.no_grad()(robust)),
+        attack=build_inner_attack(InnerAttackRecipe(), threat=threat, objective=cross_entropy),
+        loss_scale=1 / ORACLE.NUM_CLASSES,
+        temperature_rate=ORACLE.TEMPERATURE_RATE,
+        temperature_bounds=(ORACLE.LOWEST, ORACLE.HIGHEST),
+        weight_rate=ORACLE.WEIGHT_RATE,
+    )
+
+
+def make_batch(step, dtype=torch.float64):
+    x, y, noise = ORACLE.make_batch(step)
+    ids = torch.arange(len(y))
+    return Batch(x_NCHW=x.to(dtype), y_N=y, index_N=ids, keys_N=ids), noise
+
+
+@pytest.fixture(scope="module")
+def steps():
+    """The same numbers as in the oracle's rows, from our code and torch's SGD."""
+    student, method, rows = Student(ORACLE.make_student(), PERFORMANCE), make_method(), []
+    optimizer = torch.optim.SGD(
+        student.network.parameters(),
+        lr=ORACLE.LEARNING_RATE,
+        momentum=ORACLE.MOMENTUM,
+        weight_decay=ORACLE.WEIGHT_DECAY,
+    )
+    state = method.initial_state()
+    for step in range(ORACLE.NUM_STEPS):
+        factor = ORACLE.DECAY if step >= ORACLE.DECAY_FROM_STEP else 1.0
+        batch, noise = make_batch(step)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(pgd, "normal", lambda keys_N, *, stream, shape, noise=noise: noise)
+            result, state = method.step(student, batch, state, rate_factor=factor)
+        optimizer.param_groups[0]["lr"] = ORACLE.LEARNING_RATE * factor
+        optimizer.zero_grad()
+        result.loss.backward()
+        optimizer.step()
+        network = student.network
+        rows.append(
+            {
+                **result.logged,
+                "loss_of_graph": result.loss.item(),
+                "next_robust_temperature": state.temperatures.robust,
+                "next_clean_temperature": state.temperatures.clean,
+                "sum_of_parameters": sum(float(p.detach().sum()) for p in network.parameters()),
+                "sum_of_statistics": sum(
+                    float(b.sum()) for b in network.buffers() if b.is_floating_point()
+                ),
+            }
+        )
+    return rows
+
+
+@pytest.mark.parametrize("name", STEPS[0])
+def test_bmtard_float64_equals_the_oracle(name, steps):
+    ours, theirs = [row[name] for row in steps], [row[name] for row in STEPS]
+    assert len(ours) == ORACLE.NUM_STEPS
+    assert ours == pytest.approx(theirs, rel=0, abs=1e-9)
+
+
+def test_bmtard_loss_with_graph_is_the_logged_one(steps):
+    assert [row["loss_of_graph"] for row in steps] == pytest.approx(
+        [row["loss_nats"] for row in STEPS], rel=0, abs=1e-9
+    )
+
+
+def test_pinned_steps_are_what_the_oracle_says():
+    for pinned, now in zip(STEPS, ORACLE.run_oracle(), strict=True):
+        assert now == pytest.approx(pinned, rel=0, abs=1e-9)
+
+
+def test_pinned_steps_exercise_every_mechanism():
+    def column(name):
+        return [row[name] for row in STEPS]
+
+    assert min(column("next_robust_temperature")) == ORACLE.LOWEST
+    assert max(column("next_robust_temperature")) > ORACLE.LOWEST
+    assert ORACLE.HIGHEST in column("next_clean_temperature")
+    assert max(column("robust_weight_fraction")) > 0.502
+    assert min(column("robust_weight_fraction")) < 0.488
+
+
+def test_bmtard_float32_one_step_on_the_same_adversarial_batch():
+    x, y, noise = ORACLE.make_batch(0)
+    x_adv = ORACLE.attack(ORACLE.make_student(), x, y, noise).float()
+    method = dataclasses.replace(
+        make_method(torch.float32), attack=lambda model, x_NCHW, targets, *, keys_N: x_adv
+    )
+    student = Student(ORACLE.make_student().float(), PERFORMANCE)
+    batch, _ = make_batch(0, torch.float32)
+    result, state = method.step(student, batch, method.initial_state(), rate_factor=1.0)
+    assert result.loss.dtype == torch.float32
+    for name in ("loss_nats", "robust_loss_nats", "clean_loss_nats", "robust_weight_fraction"):
+        assert result.logged[name] == pytest.approx(STEPS[0][name], rel=0, abs=1e-5)
+    assert state.temperatures.clean == STEPS[0]["next_clean_temperature"]

@@ -1,0 +1,112 @@
+"""Metrics: lines as they were observed, and what a resumed run keeps of them."""
+
+import json
+
+import pytest
+
+from compressor.metrics import (
+    CandidateValidated,
+    CheckpointSaved,
+    MetricsFile,
+    StepDone,
+    TrainingEnded,
+    TrainingStarted,
+    ValidationStarted,
+    is_finite,
+    read_metrics,
+)
+from compressor.proportions import Proportion
+from compressor.run_directory import RunDirectory
+
+
+@pytest.fixture
+def run(tmp_path):
+    return RunDirectory(tmp_path)
+
+
+def write(run, events, *, step=0):
+    file = MetricsFile(run, step=step)
+    for event in events:
+        file(event)
+    file.close()
+
+
+def steps(first, last):
+    return [StepDone(step=n, epoch=1, values={"loss_nats": n / 3}) for n in range(first, last + 1)]
+
+
+def steps_in(run):
+    return [line["step"] for line in read_metrics(run)]
+
+
+def test_steps_and_validations_are_lines(run):
+    validated = CandidateValidated(
+        step=2,
+        epoch=1,
+        candidate="average",
+        clean=Proportion(num_correct=9, num_total=10),
+        robust=Proportion(num_correct=5, num_total=10),
+        is_best=True,
+    )
+    started = TrainingStarted(
+        name="x", step=0, epoch=0, num_steps=2, num_epochs=1, num_parameters=5
+    )
+    silent = [ValidationStarted(step=2), CheckpointSaved(step=2, path="p")]
+    write(run, [started, *steps(1, 2), *silent, validated, TrainingEnded(step=2, best_epoch=1)])
+    assert read_metrics(run) == [
+        {"kind": "step", "step": 1, "epoch": 1, "loss_nats": 1 / 3},
+        {"kind": "step", "step": 2, "epoch": 1, "loss_nats": 2 / 3},
+        {
+            "kind": "validation",
+            "step": 2,
+            "epoch": 1,
+            "candidate": "average",
+            "clean_correct": 9,
+            "robust_correct": 5,
+            "num_validation": 10,
+            "is_best": True,
+        },
+    ]
+
+
+@pytest.mark.parametrize(("step", "kept"), [(0, []), (3, [1, 2, 3]), (5, [1, 2, 3, 4, 5])])
+def test_resume_drops_what_came_after_the_checkpoint(run, step, kept):
+    write(run, steps(1, 5))
+    write(run, steps(step + 1, step + 2), step=step)
+    assert steps_in(run) == [*kept, step + 1, step + 2]
+
+
+@pytest.mark.parametrize("rest", ['{"kind": "st', '{"kind": "step", "step": 4, "loss_na', "\x00"])
+def test_half_written_last_line_is_no_line(run, rest):
+    write(run, steps(1, 3))
+    with run.metrics.open("a") as file:
+        file.write(rest)
+    assert steps_in(run) == [1, 2, 3]
+    write(run, steps(4, 5), step=3)
+    assert steps_in(run) == [1, 2, 3, 4, 5]
+    assert all(json.loads(line) for line in run.metrics.read_text().splitlines())
+
+
+def test_checkpoint_makes_the_lines_durable(run):
+    file = MetricsFile(run, step=0)
+    for event in [*steps(1, 3), CheckpointSaved(step=3, path="p")]:
+        file(event)
+    assert steps_in(run) == [1, 2, 3]  # before `close`
+    file.close()
+
+
+def test_no_file_has_no_lines(run):
+    assert read_metrics(run) == []
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({}, True),
+        ({"a": 1.0}, True),
+        ({"a": 1.0, "b": float("nan")}, False),
+        ({"a": -float("inf")}, False),
+    ],
+)
+def test_is_finite(values, expected):
+    assert is_finite(values) is expected
