@@ -6,6 +6,7 @@ pass, which pays when an attack calls the same weights ten times.
 """
 
 import copy
+from collections import Counter
 from dataclasses import dataclass
 from typing import cast
 
@@ -35,9 +36,12 @@ class EvaluationView:
         self._module, self._pairs = _fold_graph(network)
         self._module.requires_grad_(False)  # noqa: FBT003 (torch's signature)
         folded = {id(t) for pair in self._pairs for t in pair.folded.parameters()}
-        originals = dict([*network.named_parameters(), *network.named_buffers()])
+        originals: dict[str, Tensor] = dict(network.named_parameters(remove_duplicate=False))
+        originals |= dict(network.named_buffers(remove_duplicate=False))
         targets = [*self._module.named_parameters(), *self._module.named_buffers()]
-        self._copied = [(originals[name], t) for name, t in targets if id(t) not in folded]
+        self._copied = [  # constants that tracing found are no part of the network's state
+            (originals[name], t) for name, t in targets if name in originals and id(t) not in folded
+        ]
         if performance.training_dtype != torch.float32:
             for layer in self._module.modules():
                 if isinstance(layer, nn.Conv2d | nn.Linear):  # the layers that autocast casts
@@ -66,6 +70,8 @@ def _fold_graph(network: nn.Module) -> tuple[nn.Module, list[_FoldedPair]]:
     except (fx.proxy.TraceError, TypeError, RuntimeError):
         return frozen, []
     originals = dict(network.named_modules())
+    targets = [str(node.target) for node in traced.graph.nodes if node.op == "call_module"]
+    num_calls = Counter(id(originals[target]) for target in targets)
     pairs = []
     for node in list(traced.graph.nodes):
         source = node.args[0] if node.args else None
@@ -73,6 +79,8 @@ def _fold_graph(network: nn.Module) -> tuple[nn.Module, list[_FoldedPair]]:
             continue
         if not _is_call_of(source, nn.Conv2d, originals) or len(source.users) != 1:
             continue
+        if num_calls[id(originals[str(source.target)])] > 1:
+            continue  # one set of weights cannot hold two different foldings
         pairs.append(_pair(source, node, originals=originals, traced=traced))
         node.replace_all_uses_with(source)
         traced.graph.erase_node(node)
@@ -85,6 +93,7 @@ def _pair(
     conv: fx.Node, norm: fx.Node, *, originals: dict[str, nn.Module], traced: fx.GraphModule
 ) -> _FoldedPair:
     folded = cast("nn.Conv2d", traced.get_submodule(str(conv.target)))
+    folded.weight = nn.Parameter(folded.weight.detach().clone())  # two layers may share one
     if folded.bias is None:
         folded.bias = nn.Parameter(folded.weight.new_zeros(folded.out_channels))
     return _FoldedPair(

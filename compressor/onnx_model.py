@@ -47,7 +47,7 @@ class OnnxModel:
             WeightsError: if the file is made for images of another shape.
         """
         self.check_image_shape(tuple(x_NCHW.shape[1:]))
-        images_NCHW = x_NCHW.detach().to("cpu", torch.float32).contiguous()
+        images_NCHW = x_NCHW.detach().to("cpu", torch.float32)
         if len(images_NCHW) == 0:
             return torch.zeros(0, self.num_classes, device=x_NCHW.device)
         batches = torch.split(images_NCHW, self.batch_size or len(images_NCHW))

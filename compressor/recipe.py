@@ -351,9 +351,17 @@ def portable_dict(recipe: Recipe) -> dict[str, Any]:
     table = resolved_dict(recipe)
     table["data"]["source"] = recipe.data.source.partition(":")[0]
     for teacher in table["teachers"]:
-        kind, colon, _ = teacher["source"].rpartition(":")
-        teacher["source"] = kind if colon else Path(teacher["source"]).suffix.lstrip(".") or "run"
+        teacher["source"] = _kind_of_teacher(teacher["source"])
     return table
+
+
+def _kind_of_teacher(source: str) -> str:
+    """The architecture of `ARCH:FILE`; else `onnx`, `safetensors` or `run`."""
+    kind, colon, rest = source.partition(":")
+    if colon and "/" not in kind:
+        return f"{kind}:{rest.partition(':')[0]}" if kind == "torchvision" else kind
+    suffix = Path(source).suffix.lstrip(".")
+    return suffix if suffix in {"onnx", "safetensors"} else "run"
 
 
 def canonical_json(value: object) -> str:

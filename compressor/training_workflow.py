@@ -1,7 +1,6 @@
 """train: from a recipe to a finished run. What `distill` and `teacher train` call."""
 
 import dataclasses
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -174,10 +173,7 @@ def _fit_and_finish(training: Training, spec: NetworkSpec, *, resume: bool) -> N
         raise AssertionError("the last epoch is always validated")
     network = build_classifier(spec, seed=recipe.seed)
     network.load_state_dict(load_candidate(run, state.best))
-    metadata = {
-        "robust_compress.recipe_id": recipe.recipe_id,
-        "robust_compress.class_names": json.dumps(training.data.train.class_names),
-    }
+    metadata = {"recipe_id": recipe.recipe_id, "class_names": training.data.train.class_names}
     save_classifier(run.model, network, spec, metadata)
 
 

@@ -107,6 +107,26 @@ def test_attack_reaches_the_border_at_every_radius(name, epsilon):
     assert float((distance > epsilon - 1e-9).double().mean()) > 0.9
 
 
+@pytest.mark.parametrize(
+    ("name", "num_steps", "step_over_epsilon"),
+    [
+        ("fgsm", 1, 1.0),
+        ("pgd_sat", 20, 1 / 4),
+        ("pgd_trades", 20, 0.003 * 255 / 8),
+        ("cw_inf", 30, 1 / 4),
+        ("inner_gaussian", 10, 1 / 4),
+        ("selection", 20, 0.003 * 255 / 8),
+    ],
+)
+@pytest.mark.parametrize("epsilon", EPSILONS)
+def test_attack_has_the_parameters_of_the_field_scaled_to_epsilon(
+    *, name, num_steps, step_over_epsilon, epsilon
+):
+    attack = build(name, epsilon)
+    assert attack.num_steps == num_steps
+    assert attack.step_size_pixels == pytest.approx(step_over_epsilon * epsilon, rel=1e-12)
+
+
 @every_attack
 def test_attack_leaves_the_network_alone(name, trained):
     network, x, y = trained

@@ -1,7 +1,9 @@
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import fx, nn
 
+from compressor.architectures import wide_resnet
 from compressor.architectures.build import ARCHITECTURES, build_backbone, infer_width
 from compressor.architectures.wide_resnet import same_padding
 from compressor.errors import RecipeError, WeightsError
@@ -94,6 +96,28 @@ def test_width_of_other_weights_is_refused():
     mixed["conv1.weight"] = torch.empty(80, 3, 3, 3)
     with pytest.raises(WeightsError, match="no width of tiny"):
         infer_width("tiny", mixed)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("in_channels", [2, 4])
+def test_pre_activation_blocks_compute_what_their_authors_wrote(in_channels, stride):
+    """The shortcut starts after the first activation where the shape changes, else before."""
+    torch.manual_seed(0)
+    x_NCHW = torch.randn(2, in_channels, 8, 8)
+    trades = wide_resnet.TradesBlock(in_channels, 4, stride=stride).eval()
+    swish = wide_resnet.SwishBlock(in_channels, 4, stride=stride, size_hw=(8, 8)).eval()
+    scale = (1 + trades.bn1.eps) ** -0.5  # of BatchNorm with its first statistics
+    for block, activate, layers, padding in (
+        (trades, F.relu, ("conv1", "conv2", "convShortcut"), (1, 1, 1, 1)),
+        (swish, F.silu, ("conv_0", "conv_1", "shortcut"), (2 - stride, 1, 2 - stride, 1)),
+    ):
+        first, second, shortcut = (block.get_submodule(name) for name in layers)
+        active = activate(x_NCHW * scale)
+        out = F.conv2d(F.pad(active, padding), first.weight, stride=stride)
+        out = F.conv2d(activate(out * scale), second.weight, padding=1)
+        changes_shape = stride == 2 or in_channels != 4
+        skipped = F.conv2d(active, shortcut.weight, stride=stride) if changes_shape else x_NCHW
+        torch.testing.assert_close(block(x_NCHW), skipped + out)
 
 
 @pytest.mark.parametrize("size", [7, 8])

@@ -79,9 +79,53 @@ class Awkward(nn.Module):
         return self.fc(self.dropout((forked + forked.relu()).mean(dim=(2, 3))))
 
 
+class Twice(nn.Module):
+    """One convolution called twice, before two different BatchNorms."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3)
+        self.bn_first, self.bn_second = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+        self.fc = nn.Linear(3, 4)
+
+    def forward(self, x_NCHW):
+        out = self.bn_first(self.conv(x_NCHW)).relu()
+        return self.fc(self.bn_second(self.conv(out)).mean(dim=(2, 3)))
+
+
+class Tied(nn.Module):
+    """Two convolutions with one weight, a BatchNorm after one of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 3)
+        self.second.weight = self.first.weight
+        self.bn, self.fc = nn.BatchNorm2d(3), nn.Linear(3, 4)
+
+    def forward(self, x_NCHW):
+        return self.fc(self.second(self.bn(self.first(x_NCHW)).relu()).mean(dim=(2, 3)))
+
+
+class Constant(nn.Module):
+    """Makes a tensor in its forward pass, as torchvision's maxvit_t does."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.fc = nn.Conv2d(3, 2, 3), nn.BatchNorm2d(2), nn.Linear(2, 4)
+
+    def forward(self, x_NCHW):
+        return self.fc(self.bn(self.conv(x_NCHW)).mean(dim=(2, 3)) * torch.tensor([2.0, 3.0]))
+
+
 def build(name):
     torch.manual_seed(0)
-    custom = {"branching": Branching, "awkward": Awkward}
+    custom = {
+        "branching": Branching,
+        "awkward": Awkward,
+        "twice": Twice,
+        "tied": Tied,
+        "constant": Constant,
+    }
     if name in custom:
         return custom[name]().double()
     return build_backbone(
@@ -89,7 +133,17 @@ def build(name):
     ).double()
 
 
-@pytest.mark.parametrize("name", [*NETWORKS, "branching", "awkward"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *NETWORKS,
+        "branching",
+        "awkward",
+        "twice",
+        "tied",
+        "constant",
+    ],
+)
 def test_view_equals_eval_mode_now_and_after_more_training(name):
     network = build(name)
     train_a_little(network, seed=1)

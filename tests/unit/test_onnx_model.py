@@ -134,6 +134,13 @@ def test_damaged_files_are_explained_and_nothing_is_printed(save, tmp_path, capf
     assert capfd.readouterr() == ("", "")
 
 
+def test_the_runtime_does_not_warn_on_its_own(save, capfd):
+    model = make_model()
+    model.graph.initializer.append(numpy_helper.from_array(WEIGHT_KC, "unused"))
+    load_onnx_model(save(model))
+    assert capfd.readouterr() == ("", "")
+
+
 def test_data_in_another_file_are_refused(tmp_path, monkeypatch):
     onnx.save(
         make_model(),

@@ -233,7 +233,6 @@ CHANGES = {
     "selection.every_epochs": "2",
     "selection.from_fraction": "0.5",
     "selection.num_steps": "10",
-    "verification.attacks": '["fgsm"]',
 }
 
 
@@ -269,9 +268,13 @@ SAME_BUT_FOR_THE_PLACE = [
     ("teachers.0.source=runs/one", "teachers.0.source=/elsewhere/two"),
     ("teachers.0.source=torchvision:resnet18:/a.pt", "teachers.0.source=torchvision:resnet18:b.pt"),
 ]
+AWKWARD_FOLDERS = [
+    pytest.param("teachers.0.source=runs/one", f"teachers.0.source={path}")
+    for path in ("runs/teacher-v1.2", "/a/b:c/run")
+]
 
 
-@pytest.mark.parametrize(("here", "there"), SAME_BUT_FOR_THE_PLACE)
+@pytest.mark.parametrize(("here", "there"), [*SAME_BUT_FOR_THE_PLACE, *AWKWARD_FOLDERS])
 def test_recipe_id_does_not_change_with_a_path(here, there):
     assert recipe_with(here).recipe_id == recipe_with(there).recipe_id
 

@@ -1,0 +1,149 @@
+"""What a real GPU computes: the attack contract, and one B-MTARD step against the CPU."""
+
+import math
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from compressor.attacks.build import build_inner_attack, evaluation_attacks, selection_attack
+from compressor.data import Batch
+from compressor.folding import EvaluationView
+from compressor.losses import cross_entropy
+from compressor.methods.bmtard import BMTARD
+from compressor.networks import NetworkSpec, build_classifier
+from compressor.performance import Performance
+from compressor.randomness import sample_keys
+from compressor.recipe import InnerAttackRecipe
+from compressor.student import Student
+from compressor.teachers import Teacher
+from compressor.threat import ThreatModel
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no CUDA device"),
+]
+
+EPSILON = 8 / 255
+THREAT = ThreatModel(epsilon_pixels=EPSILON)
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+PERFORMANCE = Performance(device=CUDA)
+ATTACKS = {
+    **evaluation_attacks(THREAT),
+    "selection": selection_attack(THREAT, num_steps=20),
+    **{
+        f"inner_{start}": build_inner_attack(
+            InnerAttackRecipe(start=start), threat=THREAT, objective=cross_entropy
+        )
+        for start in ("gaussian", "uniform", "zero")
+    },
+}
+
+
+@pytest.fixture(autouse=True)
+def exact_convolutions(monkeypatch):
+    """In all bits of float32, or 1e-4 would be out of reach; and the same every time."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+
+
+@pytest.fixture
+def make_batch(make_images):
+    def make(device):
+        x, y = make_images(24)
+        keys = sample_keys(torch.arange(24), seed=0)
+        x = Performance(device=device).place_images(x)
+        return Batch(
+            x_NCHW=x,
+            y_N=y.to(device),
+            index_N=torch.arange(24, device=device),
+            keys_N=keys.to(device),
+        )
+
+    return make
+
+
+def make_network(seed):
+    spec = NetworkSpec(architecture="tiny", num_classes=4, image_shape=(3, 8, 8))
+    return build_classifier(spec, seed=seed)
+
+
+def make_teacher(role, seed, performance):
+    network = performance.place_network(make_network(seed))
+    return Teacher(
+        name=role,
+        role=role,
+        answer=network,
+        network=network,
+        spec=None,
+        num_parameters=None,
+        num_classes=4,
+        sha256="",
+        num_bytes=0,
+    )
+
+
+def bmtard_step(batch, performance, *, start="zero"):
+    """What was logged, and the gradients of the student."""
+    method = BMTARD(
+        clean_teacher=make_teacher("clean", 1, performance),
+        robust_teacher=make_teacher("robust", 2, performance),
+        attack=ATTACKS[f"inner_{start}"],
+        loss_scale=0.1,
+        temperature_rate=0.001,
+        temperature_bounds=(1.0, 10.0),
+        weight_rate=0.025,
+    )
+    student = Student(make_network(0), performance)
+    result, _ = method.step(student, batch, method.initial_state(), rate_factor=1.0)
+    result.loss.backward()
+    return result.logged, {name: p.grad.cpu() for name, p in student.network.named_parameters()}
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_attack_keeps_its_contract_on_cuda(name, make_batch):
+    batch = make_batch(CUDA)
+    network = PERFORMANCE.place_network(make_network(0)).eval()
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    view, x_before = EvaluationView(network, PERFORMANCE), batch.x_NCHW.clone()
+
+    first, second = (
+        ATTACKS[name](view, batch.x_NCHW, batch.y_N, keys_N=batch.keys_N) for _ in range(2)
+    )
+    assert first.device == batch.x_NCHW.device
+    assert (first.shape, first.dtype) == (x_before.shape, x_before.dtype)
+    assert not first.requires_grad
+    assert float((first - x_before).abs().max()) <= EPSILON + 1e-6
+    assert 0 <= float(first.min()) <= float(first.max()) <= 1
+    assert_close(first, second, rtol=0, atol=1e-4)
+    assert torch.equal(batch.x_NCHW, x_before)
+    assert all(torch.equal(network.state_dict()[key], value) for key, value in before.items())
+    losses = [cross_entropy(network(x), batch.y_N).mean().item() for x in (x_before, first)]
+    assert losses[1] > losses[0]
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+@pytest.mark.parametrize("name", ATTACKS)
+def test_attack_does_not_wait_for_cuda(name, make_batch):
+    batch = make_batch(CUDA)
+    view = EvaluationView(PERFORMANCE.place_network(make_network(0)), PERFORMANCE)
+    ATTACKS[name](view, batch.x_NCHW, batch.y_N, keys_N=batch.keys_N)  # libraries are loaded
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        ATTACKS[name](view, batch.x_NCHW, batch.y_N, keys_N=batch.keys_N)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_bmtard_step_on_cuda_is_that_of_the_cpu(make_batch):
+    cpu_logged, cpu_gradients = bmtard_step(make_batch(CPU), Performance(device=CPU))
+    logged, gradients = bmtard_step(make_batch(CUDA), PERFORMANCE)
+    assert logged == pytest.approx(cpu_logged, rel=1e-4, abs=1e-4)
+    assert_close(gradients, cpu_gradients, rtol=1e-4, atol=1e-4)
+
+
+def test_bmtard_step_runs_in_bfloat16(make_batch):
+    performance = Performance(device=CUDA, training_dtype=torch.bfloat16)
+    logged, gradients = bmtard_step(make_batch(CUDA), performance, start="gaussian")
+    assert math.isfinite(logged["loss_nats"])
+    assert all(gradient.isfinite().all() for gradient in gradients.values())
