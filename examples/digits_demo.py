@@ -35,6 +35,7 @@ STUDENT = {"architecture": "resnet18", "width": 0.0625}
 TEACHER_EPOCHS = 30
 STUDENT_EPOCHS = 30
 SETTINGS = PerformanceSettings(log_every_steps=1)
+ACCEPT_TEACHERS = False
 
 MODELS = {
     "clean teacher": (TEACHER, TEACHER_EPOCHS, {"name": "cross_entropy"}),
@@ -82,7 +83,10 @@ def _run_seed(seed: int, out: Path, console: Console) -> tuple[Reports, Exported
         with console.status(f"seed {seed}: {name}"):
             started_at_seconds = time.monotonic()
             recipe = _recipe(name, seed, runs)
-            runs[name] = train(recipe, TrainingRequest(out=out / recipe.name, settings=SETTINGS))
+            request = TrainingRequest(
+                out=out / recipe.name, settings=SETTINGS, accept_teachers=ACCEPT_TEACHERS
+            )
+            runs[name] = train(recipe, request)
             if name == "student, B-MTARD":
                 exported = export_run(runs[name], settings=SETTINGS)
             reports[name] = verify_run(runs[name], settings=SETTINGS)

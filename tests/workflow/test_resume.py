@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from compressor.networks import NetworkSpec, build_classifier, save_classifier
+
 NUM_KILLS = 10
 
 TRAIN = """
@@ -24,7 +26,8 @@ settings = PerformanceSettings(
     device="cpu", training_dtype="float32", num_threads=1, log_every_steps=1,
     checkpoint_every_minutes=1e-4, cache_images=False,
 )
-train(load_recipe(Path(sys.argv[1])), TrainingRequest(out=out, settings=settings, resume=resume),
+request = TrainingRequest(out=out, settings=settings, resume=resume, accept_teachers=True)
+train(load_recipe(Path(sys.argv[1])), request,
       observe=lambda event: print(type(event).__name__, flush=True))
 """
 
@@ -71,9 +74,12 @@ def finish(process: subprocess.Popen[str]) -> None:
 
 
 @pytest.fixture
-def recipe(tmp_path, tiny_teacher_file):
+def recipe(tmp_path):
+    spec = NetworkSpec(architecture="tiny", num_classes=10, image_shape=(1, 8, 8))
+    teacher = tmp_path / "teacher.safetensors"
+    save_classifier(teacher, build_classifier(spec, seed=1), spec, {})
     path = tmp_path / "recipe.toml"
-    path.write_text(RECIPE.format(teacher=f"tiny:{tiny_teacher_file}"))
+    path.write_text(RECIPE.format(teacher=teacher))
     return path
 
 
