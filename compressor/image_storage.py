@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Protocol
 
 import numpy as np
@@ -51,9 +52,11 @@ class StreamedImages:
 
     def batches(self, positions: Iterable[Tensor]) -> Iterator[Tensor]:
         """See `ImageStorage`."""
+        batches = list(positions)
+        flat = iter(torch.cat(batches).tolist()) if batches else iter(())  # one read-back an epoch
         loader = DataLoader(
             _BatchDataset(self.images),
-            sampler=[position_B.tolist() for position_B in positions],
+            sampler=[list(islice(flat, len(position_B))) for position_B in batches],
             batch_size=None,
             num_workers=self.num_workers,
             pin_memory=self.device.type == "cuda",

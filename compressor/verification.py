@@ -96,16 +96,19 @@ def _survivors(
             x = attack(view, x, batch.y_N, keys_N=batch.keys_N)
             _refuse_outside(x, batch.x_NCHW, attack)
         with torch.no_grad():
-            flags.append(network(x).argmax(dim=1) == batch.y_N)
+            logits_NK = network(x)
+        is_answer_N = logits_NK.amax(dim=1).isfinite()  # not-a-number is never right
+        flags.append((logits_NK.argmax(dim=1) == batch.y_N) & is_answer_N)
         report(flags[-1])
     return torch.cat(flags)
 
 
 def _refuse_outside(x_adv_NCHW: Tensor, x_NCHW: Tensor, attack: Attack) -> None:
     slack = 1e-6  # float32 rounding of x + epsilon
-    distance = (x_adv_NCHW - x_NCHW).abs().amax()
-    low, high = x_adv_NCHW.aminmax()
-    if distance > attack.threat.epsilon_pixels + slack or low < 0 or high > 1:
+    extremes = torch.stack([(x_adv_NCHW - x_NCHW).abs().amax(), *x_adv_NCHW.aminmax()])
+    distance, low, high = extremes.tolist()
+    is_inside = distance <= attack.threat.epsilon_pixels + slack and low >= 0 and high <= 1
+    if not is_inside:  # not-a-number is not inside
         raise AssertionError(
             f"{attack} left its threat model: distance {distance:.6f}, pixels {low} to {high}"
         )

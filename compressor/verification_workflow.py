@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -216,6 +215,7 @@ def _found_teachers(verified: _Verified) -> list[Teacher]:
 
 
 def _unique(teacher: Teacher, teachers: Sequence[Teacher]) -> str:
-    name = f"{teacher.role} teacher {Path(teacher.name).stem}"
+    kind = teacher.spec.architecture if teacher.spec is not None else "onnx"
+    name = f"{teacher.role} teacher {kind}"
     is_only_one = sum(t.role == teacher.role for t in teachers) == 1
     return name if is_only_one else f"{name} {teacher.sha256[:6]}"

@@ -15,10 +15,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
+from cli.output import Output
+from cli.verify import print_cost
 from compressor.environment import describe_environment
+from compressor.errors import ExitCode
 from compressor.performance import resolve_performance
 from compressor.recipe import PerformanceSettings, Recipe, parse_recipe
 from compressor.report import RobustnessReport, cost_table, markdown_table
@@ -53,25 +53,28 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/digits-demo"))
     parser.add_argument("--write", type=Path, help="also write the tables to this Markdown file")
     options = parser.parse_args()
-    console = Console(highlight=False)
+    output = Output(as_json=False)
     started_at_seconds = time.monotonic()
-    results = [_run_seed(seed, options.out / f"seed-{seed}", console) for seed in options.seeds]
+    results = [_run_seed(seed, options.out / f"seed-{seed}", output) for seed in options.seeds]
     minutes = (time.monotonic() - started_at_seconds) / 60
     for seed, (reports, exported) in zip(options.seeds, results, strict=True):
-        _print_accuracies(seed, reports, console)
-        _print_cost(reports["student, B-MTARD"], exported, console)
+        _print_accuracies(seed, reports, output)
+        print_cost(reports["student, B-MTARD"], output)
+        _print_onnx(exported, output)
     if options.write:
         write_text_atomically(options.write, _markdown(options.seeds, results, minutes))
-        console.print(f"Written: {options.write}")
-    console.print(f"\n{minutes:.1f} minutes. Every run is in {options.out}, with a report.md.")
-    console.print("Next: [bold]robust-compress distill --help[/bold], with your own images")
-    _judge([reports for reports, _ in results], console)
+        output.say(f"Written: {options.write}")
+    is_kept = _judge([reports for reports, _ in results], output)
+    output.say(f"{minutes:.1f} minutes. Every run is in {options.out}, with a report.md.")
+    output.next_command(f"{Path(sys.executable).parent / 'robust-compress'} distill --help")
+    if not is_kept and len(results) > 1:
+        sys.exit(int(ExitCode.GATE_FAILED))
 
 
 Reports = dict[str, RobustnessReport]
 
 
-def _run_seed(seed: int, out: Path, console: Console) -> tuple[Reports, ExportedModel]:
+def _run_seed(seed: int, out: Path, output: Output) -> tuple[Reports, ExportedModel]:
     """Train and verify all models of one seed, in the folder of that seed."""
     runs: dict[str, RunDirectory] = {}
     reports: Reports = {}
@@ -80,7 +83,7 @@ def _run_seed(seed: int, out: Path, console: Console) -> tuple[Reports, Exported
         shutil.rmtree(out)  # the demo's own folder, made anew at each call
     exported = None
     for name in MODELS:
-        with console.status(f"seed {seed}: {name}"):
+        with output.console.status(f"seed {seed}: {name}"):
             started_at_seconds = time.monotonic()
             recipe = _recipe(name, seed, runs)
             request = TrainingRequest(
@@ -91,7 +94,7 @@ def _run_seed(seed: int, out: Path, console: Console) -> tuple[Reports, Exported
                 exported = export_run(runs[name], settings=SETTINGS)
             reports[name] = verify_run(runs[name], settings=SETTINGS)
         seconds = time.monotonic() - started_at_seconds
-        console.print(f"seed {seed}: {name} trained and attacked in {seconds:.0f} s")
+        output.say(f"seed {seed}: {name} trained and attacked in {seconds:.0f} s")
     if exported is None:
         raise AssertionError("the last model is exported")
     return reports, exported
@@ -138,46 +141,22 @@ def _accuracies(report: RobustnessReport) -> list[float]:
 HEADER = ("model", "clean", "FGSM", "PGD_sat", "PGD_trades", "CW", "worst", "W-Robust")
 
 
-def _print_accuracies(seed: int, reports: Reports, console: Console) -> None:
+def _print_accuracies(seed: int, reports: Reports, output: Output) -> None:
     one = reports["clean teacher"]
-    table = Table(
-        title=f"Accuracy in %, {one.norm} {format_pixels(one.epsilon_pixels)}, "
-        f"n = {one.clean.num_total} test images in every cell, seed {seed}",
-        title_justify="left",
+    output.title(
+        f"Accuracy in %, {one.norm} {format_pixels(one.epsilon_pixels)}, "
+        f"n = {one.clean.num_total} test images in every cell, seed {seed}"
     )
-    for place, column in enumerate(HEADER):
-        table.add_column(column, justify="left" if place == 0 else "right")
-    for name, report in reports.items():
-        style = "bold" if name.endswith("B-MTARD") else None
-        table.add_row(name, *(f"{value:.1f}" for value in _accuracies(report)), style=style)
-    console.print()
-    console.print(table)
+    rows = [[n, *(f"{value:.1f}" for value in _accuracies(r))] for n, r in reports.items()]
+    output.table(HEADER, rows)
 
 
-def _print_cost(report: RobustnessReport, exported: ExportedModel, console: Console) -> None:
-    student = [row for row in report.cost if row.num_parameters is not None][-1]
-    table = Table(title="What compression bought, ratios to the student", title_justify="left")
-    for place, column in enumerate(("model", "parameters", "multiply-adds", "bytes", "latency")):
-        table.add_column(column, justify="left" if place == 0 else "right")
-    for row in report.cost:
-        table.add_row(
-            row.name,
-            _ratio(row.num_parameters, student.num_parameters),
-            _ratio(row.num_multiply_adds, student.num_multiply_adds),
-            _ratio(row.num_bytes, student.num_bytes),
-            f"{row.latency_ms:.2f} ms, {row.latency_ms / student.latency_ms:.1f}x",
-        )
-    console.print(table)
+def _print_onnx(exported: ExportedModel, output: Output) -> None:
     shown = exported.verification
-    console.print(
-        f"ONNX against the student: same label on {shown.clean_agreement.num_correct} of "
-        f"{shown.clean_agreement.num_total} clean and {shown.adversarial_agreement.num_correct} of "
-        f"{shown.adversarial_agreement.num_total} adversarial images, {shown.reason}."
-    )
-
-
-def _ratio(value: int | None, reference: int | None) -> str:
-    return f"{value:,}, {value / reference:.1f}x" if value and reference else "-"
+    output.title("ONNX file against the B-MTARD student, on held-out images")
+    output.say(f"same label clean:       {shown.clean_agreement}")
+    output.say(f"same label adversarial: {shown.adversarial_agreement}")
+    output.say(shown.reason)
 
 
 def _markdown(
@@ -220,23 +199,21 @@ def _mean_and_spread(values: Sequence[float]) -> str:
     return f"{statistics.mean(values):.1f} ({min(values):.1f} to {max(values):.1f})"
 
 
-def _judge(results: Sequence[Reports], console: Console) -> None:
-    """Say whether the method kept its promise on these seeds, and end with 3 if it did not."""
-    names = ("student, B-MTARD", "student, PGD-AT")
+def _judge(results: Sequence[Reports], output: Output) -> bool:
+    """Whether B-MTARD kept its promise against PGD-AT, in the mean over seeds."""
     means = {
         name: [
             statistics.mean(column)
             for column in zip(*(_accuracies(reports[name]) for reports in results), strict=True)
         ]
-        for name in names
+        for name in ("student, B-MTARD", "student, PGD-AT")
     }
-    ours, baseline = (means[name] for name in names)
-    console.print(
-        f"B-MTARD against PGD-AT over {len(results)} seed(s): clean {ours[0] - baseline[0]:+.1f}, "
+    ours, baseline = means.values()
+    output.title(
+        f"B-MTARD against PGD-AT, {len(results)} seed(s): clean {ours[0] - baseline[0]:+.1f}, "
         f"W-Robust {ours[-1] - baseline[-1]:+.1f} points"
     )
-    if len(results) > 1 and not (ours[0] > baseline[0] and ours[-1] >= baseline[-1]):
-        sys.exit(3)
+    return ours[0] > baseline[0] and ours[-1] >= baseline[-1]
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ class PGD:
         if self.start == "zero":
             return x_NCHW.clone()
         draw = normal if self.start == "gaussian" else uniform
-        noise = draw(keys_N, stream=Stream.ATTACK_START, shape=x_NCHW.shape[1:]).to(x_NCHW)
+        noise = draw(keys_N, stream=Stream.ATTACK_START, shape=x_NCHW.shape[1:]).to(x_NCHW.dtype)
         if self.start == "gaussian":
             return x_NCHW + GAUSSIAN_START_STD_PIXELS * noise
         return x_NCHW + self.threat.epsilon_pixels * (2 * noise - 1)

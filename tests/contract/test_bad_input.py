@@ -354,7 +354,7 @@ RECIPES = {
         "training.schedule.milestones.0: must be less than or equal to 1 (got 215)",
     ),
     "weak inner attack": row(
-        edited('_pixels = "1/255"\n[[', '_pixels = "0.1/255"\n[['),
+        edited('size_pixels = "1/255"', 'size_pixels = "0.1/255"'),
         CHECK,
         "method.attack: 1 steps of 0.0003922 reach only 0.0003922 of epsilon 0.003922",
         "raise",

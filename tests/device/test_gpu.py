@@ -12,9 +12,9 @@ from compressor.folding import EvaluationView
 from compressor.losses import cross_entropy
 from compressor.methods.bmtard import BMTARD
 from compressor.networks import NetworkSpec, build_classifier
-from compressor.performance import Performance
+from compressor.performance import Performance, resolve_performance
 from compressor.randomness import sample_keys
-from compressor.recipe import InnerAttackRecipe
+from compressor.recipe import InnerAttackRecipe, PerformanceSettings
 from compressor.student import Student
 from compressor.teachers import Teacher
 from compressor.threat import ThreatModel
@@ -43,7 +43,7 @@ ATTACKS = {
 @pytest.fixture(autouse=True)
 def exact_convolutions(monkeypatch):
     """In all bits of float32, or 1e-4 would be out of reach; and the same every time."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    resolve_performance(PerformanceSettings())
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
 
 

@@ -113,3 +113,15 @@ def test_progress_adds_up(split, network):
     )
     assert [event.num_done for event in seen] == [16, 32, 40]
     assert seen[-1].num_correct == result.attacks["fgsm"].accuracy.num_correct
+
+
+def test_not_a_number_is_never_right(split, network):
+    with torch.no_grad():
+        network.backbone.fc.bias.fill_(torch.nan)
+    result = verify_network(network, {}, split, performance=CPU)
+    assert result.clean.num_correct == 0
+
+
+def test_a_point_that_is_not_a_number_never_counts(split, network):
+    with pytest.raises(AssertionError, match="left its threat model"):
+        verify_network(network, {"nan": Darken(THREAT, by=float("nan"))}, split, performance=CPU)

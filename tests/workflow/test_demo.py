@@ -31,16 +31,15 @@ def test_demo_prints_and_writes_its_tables(demo, tmp_path, monkeypatch, capsys):
     for name in demo.MODELS:
         assert f"| {name} |" in written.read_text()
     assert "n = 497" in printed
-    assert "ONNX against the student: same label on 200 of 200 clean" in " ".join(printed.split())
+    assert "same label clean:       100.00 % (200 of 200)" in printed
     assert str(tmp_path) not in written.read_text()
 
 
-def test_demo_ends_with_3_where_the_method_loses(demo, monkeypatch):
-    from rich.console import Console
-
-    better, worse = [90.0] * 7, [80.0] * 7
+@pytest.mark.parametrize(
+    ("clean", "w_robust", "is_kept"), [(91, 90, True), (90, 95, False), (95, 89, False)]
+)
+def test_demo_judges_both_promises(clean, w_robust, is_kept, demo, monkeypatch):
     monkeypatch.setattr(demo, "_accuracies", lambda report: report)
-    seeds = [{"student, B-MTARD": worse, "student, PGD-AT": better}] * 2
-    with pytest.raises(SystemExit) as ended:
-        demo._judge(seeds, Console(quiet=True))
-    assert ended.value.code == 3
+    ours = [clean, *[90.0] * 5, w_robust]
+    seeds = [{"student, B-MTARD": ours, "student, PGD-AT": [90.0] * 7}] * 2
+    assert demo._judge(seeds, demo.Output(as_json=True)) is is_kept
