@@ -21,7 +21,7 @@ from cli.options import (
 from cli.output import Output
 
 if TYPE_CHECKING:
-    from compressor.recipe import PerformanceSettings
+    from compressor.performance_settings import PerformanceSettings
 
 
 def distill(

@@ -9,7 +9,7 @@ from cli.output import Output
 from compressor.errors import UsageError
 
 if TYPE_CHECKING:
-    from compressor.recipe import PerformanceSettings
+    from compressor.performance_settings import PerformanceSettings
     from compressor.run_directory import RunDirectory
 
 
@@ -22,7 +22,7 @@ def export(
 
     Example: `robust-compress export runs/mine --format onnx`
     """
-    from compressor.recipe import PerformanceSettings
+    from compressor.performance_settings import PerformanceSettings
     from compressor.run_directory import RunDirectory
 
     if file_format != "onnx":

@@ -19,7 +19,8 @@ def check(
 
     Example: `robust-compress recipe check examples/recipes/cifar10-small.toml`
     """
-    from compressor.recipe import load_recipe, resolved_dict
+    from compressor.recipe import resolved_dict
+    from compressor.recipe_file import load_recipe
 
     recipe = load_recipe(recipe_path, overrides or [])
     output = Output(as_json=as_json)

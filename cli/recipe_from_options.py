@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from compressor.errors import UsageError
-from compressor.recipe import Recipe, apply_override, load_recipe, parse_recipe, read_table
+from compressor.recipe import Recipe
+from compressor.recipe_file import apply_override, load_recipe, parse_recipe, read_table
 from compressor.run_directory import RunDirectory
 
 _DEFAULT_DATA: dict[str, dict[str, Any]] = {

@@ -9,7 +9,8 @@ from cli.output import Output
 from compressor.errors import UsageError
 
 if TYPE_CHECKING:
-    from compressor.recipe import PerformanceSettings, Recipe
+    from compressor.performance_settings import PerformanceSettings
+    from compressor.recipe import Recipe
     from compressor.run_directory import RunDirectory
     from compressor.teacher_check import TeacherCheck
 
@@ -40,7 +41,7 @@ def performance_settings(
     Raises:
         UsageError: if the format is not one of the three.
     """
-    from compressor.recipe import PerformanceSettings
+    from compressor.performance_settings import PerformanceSettings
 
     if dtype not in {"auto", "float32", "bfloat16"}:
         raise UsageError(f"--dtype {dtype!r} is not one of auto, float32, bfloat16")

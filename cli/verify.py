@@ -8,7 +8,7 @@ from cli.options import DeviceOption, JsonOption, RunArgument, ThreadsOption
 from cli.output import Output
 
 if TYPE_CHECKING:
-    from compressor.recipe import PerformanceSettings
+    from compressor.performance_settings import PerformanceSettings
     from compressor.report import RobustnessReport
     from compressor.run_directory import RunDirectory
 

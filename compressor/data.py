@@ -20,8 +20,9 @@ from compressor.errors import DataError
 from compressor.image_decoding import ImageShape
 from compressor.image_sources import ImageSource, open_source
 from compressor.image_storage import ImageStorage, store_images
+from compressor.performance_settings import PerformanceSettings
 from compressor.randomness import Stream, permutation, sample_keys, uniform
-from compressor.recipe import DataRecipe, PerformanceSettings
+from compressor.recipe import DataRecipe
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -9,7 +9,7 @@ import torch
 
 from compressor import __version__
 from compressor.performance import Performance
-from compressor.recipe import PerformanceSettings
+from compressor.performance_settings import PerformanceSettings
 
 _PACKAGES = ("torch", "torchvision", "onnx", "onnxruntime", "safetensors", "numpy")
 

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from compressor.image_cache import cached_images
 from compressor.image_decoding import ImageArray, ImageFiles
 from compressor.image_sources import ImageSource
-from compressor.recipe import PerformanceSettings
+from compressor.performance_settings import PerformanceSettings
 
 _BYTES_PER_MIB = 2**20
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.errors import DeviceError
-from compressor.recipe import PerformanceSettings
+from compressor.performance_settings import PerformanceSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,8 +76,12 @@ _ISAS_WITH_AMX = {"ALL", "DEFAULT", "AVX512_CORE_AMX", "AVX512_CORE_AMX_FP16", "
 
 def _insist_on_float32() -> None:
     backends = torch.backends
-    operations = (backends.cudnn.conv, backends.cuda.matmul)
-    for operation in (*operations, backends.mkldnn.conv, backends.mkldnn.matmul):  # type: ignore[attr-defined]
+    for operation in (
+        backends.cudnn.conv,  # type: ignore[attr-defined]
+        backends.cuda.matmul,
+        backends.mkldnn.conv,  # type: ignore[attr-defined]
+        backends.mkldnn.matmul,  # type: ignore[attr-defined]
+    ):
         operation.fp32_precision = "ieee"
     mode = os.environ.get("ONEDNN_DEFAULT_FPMATH_MODE", "STRICT")
     if mode.upper() != "STRICT":

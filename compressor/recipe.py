@@ -1,63 +1,45 @@
 """Recipe: everything that decides the result of a run, as a closed, frozen, typed table.
 
-Read from TOML. Unknown keys are errors, all problems are reported at once, and the
-resolved recipe is written into the run. What changes only the speed is in
-`PerformanceSettings` and never part of `recipe_id`.
+Unknown keys are errors. What changes only the speed is in `PerformanceSettings` and never part
+of `recipe_id`. `recipe_file.py` reads recipes and explains what is wrong with one.
 """
 
-import difflib
 import hashlib
 import json
-import tomllib
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
     Field,
-    ValidationError,
     model_validator,
 )
 
-from compressor.errors import RecipeError, UsageError
-from compressor.threat import ThreatModel, parse_fraction
-
-
-class _Table(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-def _as_tuple(value: object) -> object:
-    return tuple(value) if isinstance(value, list) else value
-
-
-_T = TypeVar("_T")
-_Tuple = Annotated[tuple[_T, ...], BeforeValidator(_as_tuple)]
-_Fraction = Annotated[float, BeforeValidator(parse_fraction)]
-_Pixels = Annotated[_Fraction, Field(gt=0, le=1)]
-_UnitFraction = Annotated[_Fraction, Field(ge=0, le=1)]
-_NonNegative = Annotated[float, Field(ge=0)]
-_Positive = Annotated[float, Field(gt=0)]
-_Count = Annotated[int, Field(ge=1)]
+from compressor.closed_table import (
+    ClosedTable,
+    Count,
+    NonNegative,
+    Pixels,
+    Positive,
+    TupleOf,
+    UnitFraction,
+)
+from compressor.threat import ThreatModel
 
 Role = Literal["clean", "robust"]
 
 
-class ThreatRecipe(_Table):
+class ThreatRecipe(ClosedTable):
     """What the attacker may do; pixel quantities are fractions such as `"8/255"`."""
 
     norm: Literal["linf"] = "linf"
-    epsilon_pixels: _Pixels = 8 / 255
+    epsilon_pixels: Pixels = 8 / 255
 
     def build(self) -> ThreatModel:
         """The value that attacks use."""
         return ThreatModel(norm=self.norm, epsilon_pixels=self.epsilon_pixels)
 
 
-class DataRecipe(_Table):
+class DataRecipe(ClosedTable):
     """Which images, and how they are augmented.
 
     `source` is `digits`, `imagefolder:PATH`, `cifar10:ROOT`, `cifar100:ROOT`,
@@ -65,9 +47,9 @@ class DataRecipe(_Table):
     """
 
     source: str
-    validation_size: _Count
+    validation_size: Count
     """Training images held out for selection, the same number of each class up to one."""
-    image_size: _Count | None = None
+    image_size: Count | None = None
     """Resize the shorter side to this and crop the centre; without it all sizes must agree."""
     num_channels: Literal[1, 3] | None = None
     """Convert every image; without it all images must have the channels of the first."""
@@ -75,73 +57,73 @@ class DataRecipe(_Table):
     horizontal_flip: bool = True
 
 
-class StudentRecipe(_Table):
+class StudentRecipe(ClosedTable):
     """The network to train."""
 
     architecture: str
-    width: _Positive = 1.0
+    width: Positive = 1.0
     """Factor on the number of channels."""
-    mean: _Tuple[float] | None = None
-    std: _Tuple[_Positive] | None = None
+    mean: TupleOf[float] | None = None
+    std: TupleOf[Positive] | None = None
 
 
-class TeacherRecipe(_Table):
+class TeacherRecipe(ClosedTable):
     """A network to learn from: `source` is `ARCH:FILE`, `FILE.onnx` or a run folder."""
 
     role: Role
     source: str
-    mean: _Tuple[float] | None = None
+    mean: TupleOf[float] | None = None
     """Per-channel mean that the teacher subtracts itself, for teachers trained that way."""
-    std: _Tuple[_Positive] | None = None
-    resize_to: _Count | None = None
+    std: TupleOf[Positive] | None = None
+    resize_to: Count | None = None
     """Side length that the teacher was trained on, where it differs from the data."""
     sha256: str | None = None
     """Refuse any other file."""
 
 
-class InnerAttackRecipe(_Table):
+class InnerAttackRecipe(ClosedTable):
     """Projected gradient descent inside training."""
 
-    num_steps: _Count = 10
-    step_size_pixels: _Pixels | None = None
+    num_steps: Count = 10
+    step_size_pixels: Pixels | None = None
     """None: a quarter of epsilon, as 2/255 is of 8/255."""
     start: Literal["gaussian", "uniform", "zero"] = "gaussian"
     """`gaussian` has standard deviation 0.001; `uniform` fills the ball."""
 
 
-class BMTARDRecipe(_Table):
+class BMTARDRecipe(ClosedTable):
     """Balanced multi-teacher adversarial distillation; defaults are the authors' settings."""
 
     name: Literal["bmtard"] = "bmtard"
-    loss_scale: _Positive = 0.1
+    loss_scale: Positive = 0.1
     """Factor on the batch-mean KL; 0.1 is the authors' element mean at ten classes."""
-    temperature_rate: _NonNegative | Literal["scaled"] = "scaled"
+    temperature_rate: NonNegative | Literal["scaled"] = "scaled"
     """Step of both temperatures. `scaled`: 0.001 x 117,300 / steps of this run, at most 0.05,
     so that the climb takes the same share of a short run as of the authors' 300 epochs."""
-    min_temperature: _Positive = 1.0
-    max_temperature: _Positive = 10.0
-    weight_rate: _UnitFraction = 0.025
+    min_temperature: Positive = 1.0
+    max_temperature: Positive = 10.0
+    weight_rate: UnitFraction = 0.025
     attack: InnerAttackRecipe = InnerAttackRecipe()
 
 
-class CrossEntropyRecipe(_Table):
+class CrossEntropyRecipe(ClosedTable):
     """Plain training on the labels: clean teachers, and the baseline without defence."""
 
     name: Literal["cross_entropy"] = "cross_entropy"
 
 
-class PGDATRecipe(_Table):
+class PGDATRecipe(ClosedTable):
     """Adversarial training on the labels (Madry et al. 2018)."""
 
     name: Literal["pgd_at"] = "pgd_at"
     attack: InnerAttackRecipe = InnerAttackRecipe(start="uniform")
 
 
-class TRADESRecipe(_Table):
+class TRADESRecipe(ClosedTable):
     """Adversarial training with a KL trade-off (Zhang et al. 2019)."""
 
     name: Literal["trades"] = "trades"
-    beta: _NonNegative = 6.0
+    beta: NonNegative = 6.0
     attack: InnerAttackRecipe = InnerAttackRecipe()
 
 
@@ -150,23 +132,23 @@ MethodRecipe = Annotated[
 ]
 
 
-class MilestonesRecipe(_Table):
+class MilestonesRecipe(ClosedTable):
     """Multiply the rates by `decay` at each fraction of the run; defaults: 215, 260, 285 of 300."""
 
     kind: Literal["milestones"] = "milestones"
-    milestones: _Tuple[_UnitFraction] = (215 / 300, 260 / 300, 285 / 300)
+    milestones: TupleOf[UnitFraction] = (215 / 300, 260 / 300, 285 / 300)
     decay: Annotated[float, Field(gt=0, le=1)] = 0.1
 
 
-class OneCycleRecipe(_Table):
+class OneCycleRecipe(ClosedTable):
     """Linear rise to the full rate, then cosine to zero (after Smith and Topin 2018)."""
 
     kind: Literal["one_cycle"] = "one_cycle"
-    warmup_fraction: _UnitFraction = 0.3
-    initial_factor: _UnitFraction = 0.04
+    warmup_fraction: UnitFraction = 0.3
+    initial_factor: UnitFraction = 0.04
 
 
-class CosineRecipe(_Table):
+class CosineRecipe(ClosedTable):
     """Cosine from the full rate to zero (Loshchilov and Hutter 2017)."""
 
     kind: Literal["cosine"] = "cosine"
@@ -177,32 +159,32 @@ ScheduleRecipe = Annotated[
 ]
 
 
-class TrainingRecipe(_Table):
+class TrainingRecipe(ClosedTable):
     """SGD and its schedule; defaults are the authors' settings."""
 
-    epochs: _Count = 300
-    batch_size: _Count = 128
-    learning_rate: _Positive = 0.1
+    epochs: Count = 300
+    batch_size: Count = 128
+    learning_rate: Positive = 0.1
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     nesterov: bool = False
-    weight_decay: _NonNegative = 2e-4
+    weight_decay: NonNegative = 2e-4
     schedule: ScheduleRecipe = MilestonesRecipe()
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Also keep an exponential moving average of the weights as a second candidate."""
-    gradient_clip_norm: _Positive | None = None
+    gradient_clip_norm: Positive | None = None
 
 
-class SelectionRecipe(_Table):
+class SelectionRecipe(ClosedTable):
     """Choosing the best epoch on the held-out part of the training images, never on test."""
 
-    every_epochs: _Count = 1
-    from_fraction: _UnitFraction = 0.0
+    every_epochs: Count = 1
+    from_fraction: UnitFraction = 0.0
     """No validation before this fraction of the run; the last epoch always has one."""
-    num_steps: _Count = 20
+    num_steps: Count = 20
     """Steps of the PGD that measures robust validation accuracy (step 0.003 at 8/255)."""
 
 
-class Recipe(_Table):
+class Recipe(ClosedTable):
     """The whole experiment.
 
     How the result is verified is not in it: a recipe that chose its own examiners could print a
@@ -214,7 +196,7 @@ class Recipe(_Table):
     threat: ThreatRecipe = ThreatRecipe()
     data: DataRecipe
     student: StudentRecipe
-    teachers: _Tuple[TeacherRecipe] = ()
+    teachers: TupleOf[TeacherRecipe] = ()
     method: MethodRecipe
     training: TrainingRecipe = TrainingRecipe()
     selection: SelectionRecipe = SelectionRecipe()
@@ -234,108 +216,6 @@ class Recipe(_Table):
         identity on every machine.
         """
         return hashlib.sha256(canonical_json(portable_dict(self)).encode()).hexdigest()
-
-
-class PerformanceSettings(_Table):
-    """What may change the speed of a run but not its meaning; recorded, not in `recipe_id`."""
-
-    device: str = "auto"
-    """`auto`, `cpu`, `cuda` or `cuda:N`."""
-    training_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """`auto`: bfloat16 autocast where the device multiplies matrices in it."""
-    num_threads: _Count | None = None
-    num_workers: _Count | None = None
-    """Processes that decode images; None: all cores."""
-    memory_budget_mib: _Count = 4096
-    """Data sets larger than this, as uint8, are streamed from disk."""
-    cache_images: bool = True
-    log_every_steps: _Count = 10
-    checkpoint_every_minutes: _Positive = 10.0
-    keep_every_epochs: _Count | None = None
-    """Keep the checkpoint of every such epoch, beside the best and the last two."""
-
-
-def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe from TOML (or from the resolved JSON in a run) and apply `key=value` texts.
-
-    Raises:
-        RecipeError: with every problem found, each with its dotted key.
-        UsageError: if an override is not `key=value`.
-    """
-    table = read_table(path)
-    for override in overrides:
-        apply_override(table, override)
-    return parse_recipe(table, origin=str(path))
-
-
-def parse_recipe(table: Mapping[str, Any], *, origin: str) -> Recipe:
-    """A `Recipe` from plain tables; `origin` is named in the error.
-
-    Raises:
-        RecipeError: with every problem found, each with its dotted key.
-    """
-    try:
-        return Recipe.model_validate(dict(table))
-    except ValidationError as error:
-        lines = [line for problem in error.errors() for line in _explain(problem)]
-        count = "1 problem" if len(lines) == 1 else f"{len(lines)} problems"
-        raise RecipeError(
-            f"{origin}: {count} in the recipe\n" + "\n".join(f"  {line}" for line in lines)
-        ) from None
-
-
-def read_table(path: Path) -> dict[str, Any]:
-    """The tables of a TOML or JSON file.
-
-    Raises:
-        RecipeError: if the file is missing, unreadable, or not what its name says.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-        table = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-    except FileNotFoundError:
-        raise RecipeError(
-            f"{path} does not exist. Recipes to start from: examples/recipes"
-        ) from None
-    except OSError as error:
-        raise RecipeError(f"{path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise RecipeError(f"{path} is not a text file in UTF-8; a recipe is a TOML file") from None
-    except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
-        kind = path.suffix[1:].upper() or "TOML"
-        raise RecipeError(f"{path} is not valid {kind}: {error}") from None
-    if not isinstance(table, dict):
-        raise RecipeError(f"{path} holds a {type(table).__name__}, not tables of settings")
-    return table
-
-
-def apply_override(table: dict[str, Any], override: str) -> None:
-    """Set one dotted key, in place: `training.epochs=3`, `teachers.0.source=FILE`.
-
-    The value is read as TOML, and taken as a string where it is not TOML.
-
-    Raises:
-        UsageError: if the text has no `=`, or the key does not lead to a setting.
-    """
-    dotted, equals, text = override.partition("=")
-    keys = dotted.strip().split(".")
-    if not equals or not all(keys):
-        raise UsageError(f"--set {override!r} is not KEY=VALUE; for example training.epochs=3")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text.strip()
-    place: Any = table
-    for key in keys[:-1]:
-        is_table = isinstance(place, dict)
-        place = place.setdefault(key, {}) if is_table else _item(place, key, override)
-    if isinstance(place, dict):
-        place[keys[-1]] = value
-    elif isinstance(place, list):
-        _item(place, keys[-1], override)
-        place[int(keys[-1])] = value
-    else:
-        raise UsageError(f"--set {override!r}: {'.'.join(keys[:-1])} holds {place!r}, not a table")
 
 
 def resolved_dict(recipe: Recipe) -> dict[str, Any]:
@@ -367,13 +247,6 @@ def _kind_of_teacher(source: str) -> str:
 def canonical_json(value: object) -> str:
     """JSON with one spelling for one value, to be hashed."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
-
-
-def _item(place: object, key: str, override: str) -> Any:  # noqa: ANN401 (parsed TOML)
-    if isinstance(place, list) and key.isdigit() and int(key) < len(place):
-        return place[int(key)]
-    have = f"a list of {len(place)}" if isinstance(place, list) else repr(place)
-    raise UsageError(f"--set {override!r}: there is no {key!r} in {have}")
 
 
 def _teacher_problems(recipe: Recipe) -> list[str]:
@@ -419,61 +292,3 @@ def _schedule_problems(recipe: Recipe) -> list[str]:
     if recipe.training.nesterov and recipe.training.momentum == 0:
         problems.append("training.nesterov needs training.momentum above 0")
     return problems
-
-
-_WORDING = {
-    "missing": "is missing",
-    "bool_type": "must be true or false, without quotes",
-    "int_type": "must be a whole number, without quotes",
-    "float_type": "must be a number, without quotes",
-    "string_type": 'must be a text in "quotes"',
-    "tuple_type": "must be a list in [brackets]",
-    "finite_number": "must be a finite number",
-    "model_type": "must be a table of settings",
-    "model_attributes_type": "must be a table of settings",
-}
-
-
-def _explain(problem: Mapping[str, Any]) -> list[str]:
-    """One of pydantic's findings in our words; several lines for our own cross checks."""
-    place = _without_union_tags([str(part) for part in problem["loc"]])
-    dotted, kind, given = ".".join(place), problem["type"], problem["input"]
-    if kind == "extra_forbidden":
-        return [f"{dotted}: unknown key (got {given!r}){_suggestion(place)}"]
-    if kind == "missing":
-        return [f"{dotted}: is missing"]
-    if kind == "value_error" and not place:
-        return str(problem["ctx"]["error"]).splitlines()
-    if kind == "value_error":
-        return [f"{dotted}: {problem['ctx']['error']}"]
-    if kind == "union_tag_not_found":
-        return [f"{dotted}: needs the key {problem['ctx']['discriminator']} (got {given!r})"]
-    if kind == "union_tag_invalid":
-        context = problem["ctx"]
-        return [f"{dotted}: {context['tag']!r} is not one of {context['expected_tags']}"]
-    text = _WORDING.get(kind, problem["msg"].replace("Input should be", "must be"))
-    hint = ""
-    if "_pixels" in dotted and kind in {"less_than_equal", "greater_than"}:
-        hint = '; pixels are in [0, 1], write eight grey levels as "8/255"'
-    return [f"{dotted}: {text} (got {given!r}){hint}"]
-
-
-def _without_union_tags(place: list[str]) -> list[str]:
-    """Pydantic adds the chosen member of a union to the place: `method.bmtard.weight_rate`."""
-    kept = place[:1]
-    for before, part in zip(place, place[1:], strict=False):
-        is_tag = before in {"method", "schedule"} or part == "literal['scaled']" or part == "float"
-        kept += [] if is_tag else [part]
-    return kept
-
-
-def _suggestion(place: Sequence[str]) -> str:
-    close = difflib.get_close_matches(place[-1], _all_keys(), n=1, cutoff=0.6)
-    return f"; did you mean {close[0]}?" if close else ""
-
-
-def _all_keys() -> list[str]:
-    tables: list[type[BaseModel]] = [Recipe, ThreatRecipe, DataRecipe, StudentRecipe]
-    tables += [TeacherRecipe, InnerAttackRecipe, BMTARDRecipe, TRADESRecipe, MilestonesRecipe]
-    tables += [OneCycleRecipe, TrainingRecipe, SelectionRecipe]
-    return sorted({key for table in tables for key in table.model_fields})

@@ -33,7 +33,8 @@ from compressor.metrics import (
     TrainingStarted,
     ValidationStarted,
 )
-from compressor.recipe import PerformanceSettings, Recipe
+from compressor.performance_settings import PerformanceSettings
+from compressor.recipe import Recipe
 from compressor.run_directory import RunDirectory
 from compressor.schedules import Progress, rate_factor
 from compressor.selection import measure_on_validation

@@ -21,7 +21,8 @@ from compressor.methods.build import build_method, resolve_temperature_rate
 from compressor.metrics import Event, MetricsFile, Observer, TensorBoardFiles
 from compressor.networks import NetworkSpec, build_classifier, save_classifier
 from compressor.performance import Performance, resolve_performance
-from compressor.recipe import BMTARDRecipe, PerformanceSettings, Recipe, resolved_dict
+from compressor.performance_settings import PerformanceSettings
+from compressor.recipe import BMTARDRecipe, Recipe, resolved_dict
 from compressor.report import Count
 from compressor.run_directory import RunDirectory, write_json_atomically
 from compressor.student import Student

@@ -17,8 +17,10 @@ from compressor.errors import RobustCompressError, RunError
 from compressor.networks import NetworkSpec, count_parameters, load_classifier
 from compressor.onnx_model import load_onnx_model
 from compressor.performance import Performance, resolve_performance
+from compressor.performance_settings import PerformanceSettings
 from compressor.proportions import Proportion
-from compressor.recipe import PerformanceSettings, Recipe, load_recipe, portable_dict
+from compressor.recipe import Recipe, portable_dict
+from compressor.recipe_file import load_recipe
 from compressor.report import (
     AttackRow,
     CostRow,

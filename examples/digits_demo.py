@@ -20,7 +20,9 @@ from cli.verify import print_cost
 from compressor.environment import describe_environment
 from compressor.errors import ExitCode
 from compressor.performance import resolve_performance
-from compressor.recipe import PerformanceSettings, Recipe, parse_recipe
+from compressor.performance_settings import PerformanceSettings
+from compressor.recipe import Recipe
+from compressor.recipe_file import parse_recipe
 from compressor.report import RobustnessReport, cost_table, markdown_table
 from compressor.run_directory import RunDirectory, write_text_atomically
 from compressor.threat import format_pixels

@@ -9,7 +9,8 @@ from compressor.data import load_training_data
 from compressor.errors import ArtefactMismatchError, RunError
 from compressor.networks import load_classifier
 from compressor.onnx_model import load_onnx_model
-from compressor.recipe import PerformanceSettings, load_recipe
+from compressor.performance_settings import PerformanceSettings
+from compressor.recipe_file import load_recipe
 from compressor.run_directory import RunDirectory, read_json, write_json_atomically
 from compressor.weights import sha256_of_file
 from exporters.exported_model import ExportedModel

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from compressor.attacks.build import build_inner_attack
 from compressor.data import Batch
@@ -28,8 +28,9 @@ from compressor.losses import cross_entropy
 from compressor.methods.bmtard import BMTARD
 from compressor.networks import NetworkSpec, build_classifier
 from compressor.performance import Performance, resolve_performance
+from compressor.performance_settings import PerformanceSettings
 from compressor.randomness import sample_keys
-from compressor.recipe import InnerAttackRecipe, PerformanceSettings
+from compressor.recipe import InnerAttackRecipe
 from compressor.run_directory import write_text_atomically
 from compressor.student import Student
 from compressor.teachers import Teacher
@@ -118,7 +119,6 @@ def our_step(x: Tensor, y: Tensor, performance: Performance) -> Callable[[], Non
 
 def _teacher(role: str, seed: int, performance: Performance) -> Teacher:
     network = performance.place_network(build_classifier(SPEC, seed=seed)).eval()
-    network.requires_grad_(False)
     view = EvaluationView(network, performance)
     return Teacher(
         name=role,
@@ -189,7 +189,7 @@ def _markdown(with_units: dict, without: dict) -> str:
         _row("with bfloat16 matrix units", with_units),
         _row("without (`ONEDNN_MAX_CPU_ISA=AVX512_CORE`)", without),
         "",
-        "`make bench`, that is `python tests/bench/bench_step.py --write docs/results/bench-step.md`",
+        "Command: `make bench`.",
         "",
         *(f"- {name}: {value}" for name, value in with_units["environment"].items()),
     ]

@@ -9,7 +9,8 @@ from PIL import Image
 
 from compressor.data import Augmentation, load_test_split, load_training_data, training_batches
 from compressor.errors import DataError
-from compressor.recipe import DataRecipe, PerformanceSettings
+from compressor.performance_settings import PerformanceSettings
+from compressor.recipe import DataRecipe
 
 SETTINGS = PerformanceSettings(num_workers=1)
 CPU = torch.device("cpu")

@@ -11,7 +11,8 @@ from compressor.errors import InterruptedRunError, NonFiniteLossError, Terminate
 from compressor.interruption import StopWish
 from compressor.metrics import CandidateValidated, StepDone, read_metrics
 from compressor.networks import NetworkSpec, build_classifier, save_classifier
-from compressor.recipe import PerformanceSettings, parse_recipe
+from compressor.performance_settings import PerformanceSettings
+from compressor.recipe_file import parse_recipe
 from compressor.run_directory import RunDirectory
 from compressor.training_workflow import TrainingRequest, train
 

@@ -13,8 +13,9 @@ from compressor.losses import cross_entropy
 from compressor.methods.bmtard import BMTARD
 from compressor.networks import NetworkSpec, build_classifier
 from compressor.performance import Performance, resolve_performance
+from compressor.performance_settings import PerformanceSettings
 from compressor.randomness import sample_keys
-from compressor.recipe import InnerAttackRecipe, PerformanceSettings
+from compressor.recipe import InnerAttackRecipe
 from compressor.student import Student
 from compressor.teachers import Teacher
 from compressor.threat import ThreatModel

@@ -34,7 +34,9 @@ from compressor.losses import cross_entropy
 from compressor.methods.build import build_method
 from compressor.networks import NetworkSpec, build_classifier
 from compressor.performance import Performance
-from compressor.recipe import InnerAttackRecipe, PerformanceSettings, parse_recipe
+from compressor.performance_settings import PerformanceSettings
+from compressor.recipe import InnerAttackRecipe
+from compressor.recipe_file import parse_recipe
 from compressor.selection import measure_on_validation
 from compressor.student import Student
 from compressor.teachers import Teacher

@@ -21,8 +21,9 @@ from compressor.data import (
 from compressor.errors import DataError
 from compressor.image_decoding import ImageArray
 from compressor.image_storage import ResidentImages, StreamedImages
+from compressor.performance_settings import PerformanceSettings
 from compressor.randomness import Stream, sample_keys, uniform
-from compressor.recipe import DataRecipe, PerformanceSettings
+from compressor.recipe import DataRecipe
 
 CPU = torch.device("cpu")
 SETTINGS = PerformanceSettings(num_workers=1)

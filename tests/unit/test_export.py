@@ -9,7 +9,8 @@ import torch
 from compressor.errors import ArtefactMismatchError, RunError
 from compressor.networks import NetworkSpec, build_classifier
 from compressor.onnx_model import load_onnx_model
-from compressor.recipe import PerformanceSettings, parse_recipe
+from compressor.performance_settings import PerformanceSettings
+from compressor.recipe_file import parse_recipe
 from compressor.run_directory import RunDirectory
 from compressor.training_workflow import TrainingRequest, train
 from exporters.to_onnx import ExportError, write_onnx

@@ -5,7 +5,7 @@ import torch
 
 from compressor.errors import DeviceError
 from compressor.performance import Performance, multiplies_bfloat16, resolve_performance
-from compressor.recipe import PerformanceSettings
+from compressor.performance_settings import PerformanceSettings
 
 
 def resolve(**settings):

@@ -12,13 +12,10 @@ from compressor.recipe import (
     BMTARDRecipe,
     InnerAttackRecipe,
     TrainingRecipe,
-    apply_override,
-    load_recipe,
-    parse_recipe,
     portable_dict,
-    read_table,
     resolved_dict,
 )
+from compressor.recipe_file import apply_override, load_recipe, parse_recipe, read_table
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples" / "recipes").glob("*.toml"))
 

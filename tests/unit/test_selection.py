@@ -5,8 +5,9 @@ import torch
 
 from compressor.data import load_training_data
 from compressor.performance import Performance
+from compressor.performance_settings import PerformanceSettings
 from compressor.proportions import Proportion
-from compressor.recipe import PerformanceSettings, parse_recipe
+from compressor.recipe_file import parse_recipe
 from compressor.selection import measure_on_validation
 
 CPU = torch.device("cpu")

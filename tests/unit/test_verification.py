@@ -9,7 +9,8 @@ from compressor.attacks.build import evaluation_attacks
 from compressor.data import evaluation_batches, load_test_split
 from compressor.networks import NetworkSpec, build_classifier
 from compressor.performance import Performance
-from compressor.recipe import DataRecipe, PerformanceSettings
+from compressor.performance_settings import PerformanceSettings
+from compressor.recipe import DataRecipe
 from compressor.threat import ThreatModel
 from compressor.verification import verify_network
 

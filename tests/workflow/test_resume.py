@@ -18,7 +18,8 @@ import sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from compressor.recipe import PerformanceSettings, load_recipe
+from compressor.performance_settings import PerformanceSettings
+from compressor.recipe_file import load_recipe
 from compressor.training_workflow import TrainingRequest, train
 
 out, resume = Path(sys.argv[2]), sys.argv[3] == "resume"
