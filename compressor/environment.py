@@ -23,7 +23,7 @@ def describe_environment(performance: Performance) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "processor": processor_name(),
         "device": device_name(performance.device),
-        "training_dtype": str(performance.training_dtype).removeprefix("torch."),
+        "number_format": str(performance.training_dtype).removeprefix("torch."),
         "num_threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
     }

@@ -22,6 +22,9 @@ CAVEAT = (
 )
 
 
+_TRAINING_FACTS = ("device", "number_format", "num_threads", "torch")
+
+
 class _Table(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -130,6 +133,8 @@ class RobustnessReport(_Table):
     """Images that stay correct clean and under every attack above."""
     cost: tuple[CostRow, ...]
     environment: dict[str, Any]
+    """Of the verification."""
+    training_environment: dict[str, Any]
     duration_seconds: float
     caveat: str = CAVEAT
 
@@ -169,9 +174,9 @@ def to_markdown(report: RobustnessReport) -> str:
         f"Worst case: an image counts only if it stays correct under every row. {report.caveat}",
         "## What compression bought",
         cost_table(report.cost),
-        "Ratios are to the last network of the table that is not a file. Latency: CPU, batch 1, "
-        f"float32, {report.environment.get('num_threads', '?')} threads, interleaved, median "
-        "(10th to 90th percentile).",
+        "Ratios are to the trained network. Latency: CPU, batch 1, float32, "
+        f"{report.environment.get('num_threads', '?')} threads, interleaved, median (10th to 90th "
+        "percentile).",
         "## Teachers",
         _teacher_table(report.teachers),
         "## Provenance",
@@ -192,7 +197,7 @@ def percent(count: Count) -> str:
 
 
 def cost_table(rows: Sequence[CostRow]) -> str:
-    """Every cost beside its ratio to the student's, which is the last row that is a network."""
+    """Every cost beside its ratio to the trained network's, the last row that is no file."""
     student = [row for row in rows if row.num_parameters is not None][-1]
     header = ("model", "parameters", "multiply-adds", "bytes", "latency")
     return markdown_table(header, [_cost_cells(row, student) for row in rows])
@@ -211,7 +216,7 @@ def _cost_cells(row: CostRow, student: CostRow) -> list[str]:
 
 def _with_ratio(value: int | None, reference: int | None) -> str:
     if value is None:
-        return "not known"
+        return "-"
     return f"{value:,}, {value / reference:.2f}x" if reference else f"{value:,}"
 
 
@@ -265,4 +270,6 @@ def _provenance(report: RobustnessReport) -> str:
         "verification": f"{report.duration_seconds:.0f} s",
         **{name: str(value) for name, value in report.environment.items()},
     }
+    trained = report.training_environment
+    facts |= {f"training {name}": str(trained[name]) for name in _TRAINING_FACTS if name in trained}
     return "\n".join(f"- {name}: {value}" for name, value in facts.items())

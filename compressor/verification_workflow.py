@@ -103,6 +103,7 @@ def verify_run(
         worst_case=Count.of(result.worst_case),
         cost=tuple(_cost_rows(run, verified)),
         environment=describe_environment(performance),
+        training_environment=read_json(run.environment),
         duration_seconds=time.perf_counter() - started_at_seconds,
     )
     write_report(report, json_path=run.report_json, markdown_path=run.report_markdown)

@@ -173,7 +173,7 @@ def _row(name: str, result: dict) -> str:
         f"{result[key]['median']:.2f} ({result[key]['low']:.2f} to {result[key]['high']:.2f})"
         for key in ("ratio", "authors_images_per_second", "ours_images_per_second")
     ]
-    dtype = result["environment"]["training_dtype"]
+    dtype = result["environment"]["number_format"]
     return f"| {name} | {dtype} | " + " | ".join(cells) + f" | {result['num_rounds']} |"
 
 
