@@ -2,7 +2,7 @@
 
 import sys
 import traceback
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 
@@ -10,12 +10,11 @@ from cli.distill import distill
 from cli.doctor import doctor
 from cli.export import export
 from cli.installation import refuse_overwritten_installation
-from cli.output import print_error
+from cli.output import print_bug, print_error
 from cli.recipe import check
 from cli.teacher import train_teacher
 from cli.verify import verify
-from compressor import __version__
-from compressor.errors import ExitCode, RobustCompressError
+from compressor.errors import ExitCode, RobustCompressError, UsageError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -49,6 +48,8 @@ def _recipe() -> None:
 
 def _show_version(wanted: bool) -> None:
     if wanted:
+        from compressor import __version__  # here, as another package may have overwritten it
+
         typer.echo(f"robust-compress {__version__}")
         raise typer.Exit
 
@@ -62,17 +63,33 @@ def _options(
     """Distil a compact student that keeps clean and robust accuracy, prove it, ship it."""
 
 
+_NotUnderstood = cast("type[typer.BadParameter]", typer.BadParameter.__base__)
+"""The `UsageError` of click, wherever typer keeps it."""
+
+
+def _run_app() -> None:
+    """Usage errors are typer's to print, but with --json they are ours."""
+    if "--json" not in sys.argv:
+        app()  # never returns
+    try:
+        sys.exit(app(standalone_mode=False) or 0)
+    except _NotUnderstood as error:
+        raise UsageError(f"{error.format_message()} See --help") from None
+
+
 def main() -> None:
     """Run the app; known errors end with their exit code, anything else is a bug of ours."""
     try:
         refuse_overwritten_installation()
-        app()
+        _run_app()
     except RobustCompressError as error:
         print_error(error, as_json="--json" in sys.argv)
         sys.exit(int(error.exit_code))
     except KeyboardInterrupt:
         sys.exit(int(ExitCode.INTERRUPTED))
-    except Exception:  # noqa: BLE001 (the one place where everything ends)
+    except Exception as error:  # noqa: BLE001 (the one place where everything ends)
+        if "--json" in sys.argv:
+            print_bug(error)
         traceback.print_exc()
         sys.stderr.write("\nThis is a bug in robust-compress; please report the lines above.\n")
         sys.exit(int(ExitCode.BUG))

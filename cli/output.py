@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from compressor.errors import RobustCompressError
+from compressor.errors import ExitCode, RobustCompressError
 
 
 class Output:
@@ -37,7 +38,7 @@ class Output:
 
     def next_command(self, command: str) -> None:
         """What is useful to type now."""
-        self.console.print(f"\nNext: [bold]{command}[/bold]", soft_wrap=True)
+        self.console.print(f"\nNext: [bold]{escape(command)}[/bold]", soft_wrap=True)
 
     def result(self, value: Mapping[str, Any]) -> None:
         """The one JSON object of the command."""
@@ -48,13 +49,18 @@ class Output:
 def print_error(error: RobustCompressError, *, as_json: bool) -> None:
     """The message of a known error, on stderr for people, on stdout as JSON."""
     if as_json:
-        table = {
-            "error": type(error).__name__,
-            "message": str(error),
-            "exit_code": int(error.exit_code),
-        }
-        sys.stdout.write(json.dumps(table, indent=2) + "\n")
+        _write_error(type(error).__name__, str(error), error.exit_code)
         return
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     console.print("[bold red]Error:[/bold red] ", end="")
     console.print(str(error), markup=False)
+
+
+def print_bug(error: Exception) -> None:
+    """An error of ours as JSON on stdout; the traceback goes to stderr."""
+    _write_error("Bug", f"{type(error).__name__}: {error}; please report it", ExitCode.BUG)
+
+
+def _write_error(kind: str, message: str, code: ExitCode) -> None:
+    table = {"error": kind, "message": message, "exit_code": int(code)}
+    sys.stdout.write(json.dumps(table, indent=2) + "\n")

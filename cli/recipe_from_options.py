@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compressor.errors import UsageError
+from compressor.errors import RecipeError, UsageError
 from compressor.recipe import Recipe
 from compressor.recipe_file import apply_override, load_recipe, parse_recipe, read_table
 from compressor.run_directory import RunDirectory
@@ -53,6 +53,8 @@ def recipe_from_options(
         UsageError: if the options contradict each other or do not say enough.
         RecipeError: if the recipe that they add up to is malformed.
     """
+    if resume and path is None:
+        raise UsageError("--resume: name the run to continue, as in distill RUN --resume")
     if resume and path is not None and path.is_dir():
         changes = [*named.given, *(f"--set {o}" for o in overrides), *(["--out"] if out else [])]
         if changes:
@@ -94,7 +96,7 @@ def _put_teacher(table: dict[str, Any], role: str, source: str) -> None:
     """Change the source of the teacher of that role, or add one."""
     teachers = table.setdefault("teachers", [])
     if not isinstance(teachers, list):
-        raise UsageError(f"teachers in the recipe is {teachers!r}, not a list of [[teachers]]")
+        raise RecipeError(f"teachers in the recipe is {teachers!r}, not a list of [[teachers]]")
     same = [t for t in teachers if isinstance(t, dict) and t.get("role") == role]
     if len(same) > 1:
         raise UsageError(
@@ -109,5 +111,5 @@ def _put_teacher(table: dict[str, Any], role: str, source: str) -> None:
 def _subtable(table: dict[str, Any], name: str) -> dict[str, Any]:
     found = table.setdefault(name, {})
     if not isinstance(found, dict):
-        raise UsageError(f"{name} in the recipe is {found!r}, not a table")
+        raise RecipeError(f"{name} in the recipe is {found!r}, not a table")
     return found

@@ -1,5 +1,7 @@
 """What `distill` and `teacher train` share: settings, the live display, signals, the run."""
 
+import math
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +45,8 @@ def performance_settings(
     """
     from compressor.performance_settings import PerformanceSettings
 
+    if not math.isfinite(checkpoint_minutes):
+        raise UsageError(f"--checkpoint-minutes {checkpoint_minutes} is not a number of minutes")
     if dtype not in {"auto", "float32", "bfloat16"}:
         raise UsageError(f"--dtype {dtype!r} is not one of auto, float32, bfloat16")
     return PerformanceSettings(
@@ -65,7 +69,7 @@ def run_training(recipe: "Recipe", options: TrainingOptions, output: Output) -> 
         out=out,
         settings=options.settings,
         resume=options.resume,
-        resume_command=f"robust-compress {options.command} {out} --resume",
+        resume_command=_resume_command(out, options),
         download=options.download,
         accept_teachers=options.accept_teachers,
     )
@@ -73,6 +77,22 @@ def run_training(recipe: "Recipe", options: TrainingOptions, output: Output) -> 
         run = train(recipe, request, observe=observe, on_teacher=_teller(output), stop=stop)
     output.say(f"Trained: {run.model}; curves in {run.curves.name}")
     return run
+
+
+def _resume_command(out: Path, options: TrainingOptions) -> str:
+    """With every option that the run needs to go on as it began."""
+    settings = options.settings
+    given = {
+        "--device": settings.device if settings.device != "auto" else None,
+        "--dtype": settings.training_dtype if settings.training_dtype != "auto" else None,
+        "--threads": settings.num_threads,
+        "--keep-every": settings.keep_every_epochs,
+    }
+    words = [w for name, value in given.items() if value for w in (name, str(value))]
+    flags = {"--download": options.download, "--accept-teachers": options.accept_teachers}
+    words += [name for name, is_given in flags.items() if is_given]
+    command = ["robust-compress", *options.command.split(), str(out), "--resume", *words]
+    return shlex.join(command)
 
 
 def _teller(output: Output) -> "Callable[[TeacherCheck], None]":

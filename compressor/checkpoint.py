@@ -148,7 +148,7 @@ def selected_candidate(run: RunDirectory) -> Best:
     """
     table = _read_state(_choose(run, None))
     if not table["best"]:
-        raise CheckpointError(f"{run.path}: nothing was validated yet")
+        raise CheckpointError(f"{run.path}: nothing was validated yet; continue with --resume")
     return Best(**table["best"])
 
 
@@ -170,7 +170,11 @@ def _choose(run: RunDirectory, step: int | None) -> Path:
         step = steps[-1]
     if step is None or step not in steps:
         have = ", ".join(map(str, steps)) or "none"
-        raise CheckpointError(f"{run.path} has no checkpoint of step {step} (there are: {have})")
+        wanted = "checkpoint" if step is None else f"checkpoint of step {step}"
+        raise CheckpointError(
+            f"{run.path} has no {wanted} (there are: {have}); copy it back, or train again into "
+            "another folder"
+        )
     return run.checkpoint(step)
 
 

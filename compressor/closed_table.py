@@ -25,3 +25,5 @@ UnitFraction = Annotated[FractionText, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
+Side = Annotated[int, Field(ge=1, le=4096)]
+"""Pixels; a slip of the finger must not fill the memory."""

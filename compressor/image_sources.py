@@ -88,7 +88,10 @@ def open_source(recipe: DataRecipe, *, part: Part, download: bool = False) -> Im
     if (kind in _ROOTLESS) == bool(location):
         right = kind if location else f"{kind}:FOLDER"
         raise DataError(f"data.source = {recipe.source!r} must be written {right!r}")
-    root = Path(location).expanduser()
+    try:
+        root = Path(location).expanduser()
+    except RuntimeError:
+        raise DataError(f"data.source = {recipe.source!r}: there is no such user") from None
     if location and not download and not root.is_dir():
         raise DataError(f"data.source = {recipe.source!r}: there is no folder {root}")
     decoding = Decoding(image_size=recipe.image_size, num_channels=recipe.num_channels)
@@ -160,7 +163,9 @@ def _open_torchvision(request: _Request, *, class_name: str) -> ImageSource:
             request.root, train=request.part == "train", download=request.download
         )
     except (RuntimeError, OSError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        hint = "check the connection" if request.download else "allow the download, or repair it"
+        hint = (
+            "check the connection" if request.download else "let --download fetch it, or repair it"
+        )
         raise DataError(f"{class_name} in {request.root}: {error}; {hint}") from None
     return ImageSource(
         name=f"{class_name} {request.part}",

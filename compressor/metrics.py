@@ -4,7 +4,6 @@ The trainer calls one function `observe(event)`. The live display is in `cli`.
 """
 
 import json
-import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -84,13 +83,20 @@ Observer = Callable[[Event], None]
 
 
 class MetricsFile:
-    """Writes `metrics.jsonl`; a resumed run drops what a lost process wrote after `step`."""
+    """Writes `metrics.jsonl`; a resumed run drops what a lost process wrote after its checkpoint.
 
-    def __init__(self, run: RunDirectory, *, step: int) -> None:
-        kept = [line for line in _lines(run) if line["step"] <= step]
+    Args:
+        run: the folder.
+        step: steps done at the checkpoint.
+        epoch: epochs done and validated at the checkpoint.
+    """
+
+    def __init__(self, run: RunDirectory, *, step: int, epoch: int) -> None:
+        kept = [line for line in _lines(run) if _is_before(line, step=step, epoch=epoch)]
         text = "".join(json.dumps(line) + "\n" for line in kept)
         write_text_atomically(run.metrics, text)
-        self._file = run.metrics.open("a", encoding="utf-8")
+        # By lines, so that a checkpoint is never ahead of the metrics of its last step.
+        self._file = run.metrics.open("a", encoding="utf-8", buffering=1)
 
     def __call__(self, event: Event) -> None:
         """Append steps and validations."""
@@ -149,6 +155,12 @@ def _lines(run: RunDirectory) -> list[dict[str, Any]]:
     return lines
 
 
+def _is_before(line: Mapping[str, Any], *, step: int, epoch: int) -> bool:
+    """The last step of an epoch may be in a checkpoint whose epoch is not validated yet."""
+    is_validated = line["kind"] != "validation" or line["epoch"] <= epoch
+    return bool(line["step"] <= step and is_validated)
+
+
 def _validation(event: CandidateValidated) -> dict[str, Any]:
     return {
         "step": event.step,
@@ -159,8 +171,3 @@ def _validation(event: CandidateValidated) -> dict[str, Any]:
         "num_validation": event.clean.num_total,
         "is_best": event.is_best,
     }
-
-
-def is_finite(values: Mapping[str, float]) -> bool:
-    """Whether every number of a step is finite."""
-    return all(math.isfinite(value) for value in values.values())

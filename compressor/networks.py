@@ -16,8 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compressor.architectures.build import build_backbone
-from compressor.errors import RecipeError, WeightsError
-from compressor.weights import StateDict, fit_to_layout, read_state_dict, write_safetensors
+from compressor.errors import ArtefactMismatchError, RecipeError, RunError, WeightsError
+from compressor.run_directory import RunDirectory, read_facts
+from compressor.weights import (
+    StateDict,
+    fit_to_layout,
+    read_state_dict,
+    sha256_of_file,
+    write_safetensors,
+)
 
 NETWORK_KEY = "robust_compress.network"
 """Key of the network's description in the metadata of a file."""
@@ -184,6 +191,27 @@ def load_classifier(path: Path) -> tuple[Classifier, NetworkSpec]:
         return classifier_with_weights(spec, content), spec
     except (WeightsError, RecipeError) as error:
         raise WeightsError(f"{path}: {error}") from None
+
+
+def load_trained(run: RunDirectory) -> tuple[Classifier, NetworkSpec]:
+    """The selected network of a run whose training has ended.
+
+    Raises:
+        RunError: if training has not ended.
+        ArtefactMismatchError: if the file is not the one that training wrote.
+    """
+    expected = read_facts(run).get("model_sha256")
+    if expected is None or not run.model.is_file():
+        raise RunError(
+            f"{run.path} has no finished {run.model.name}: its training has not ended; continue "
+            "it with --resume"
+        )
+    found = sha256_of_file(run.model)
+    if found != expected:
+        raise ArtefactMismatchError(
+            f"{run.model} has SHA-256 {found}, training wrote {expected}; --resume writes it again"
+        )
+    return load_classifier(run.model)
 
 
 def classifier_with_weights(spec: NetworkSpec, content: StateDict) -> Classifier:

@@ -76,8 +76,8 @@ _ISAS_WITH_AMX = {"ALL", "DEFAULT", "AVX512_CORE_AMX", "AVX512_CORE_AMX_FP16", "
 
 def _insist_on_float32() -> None:
     backends = torch.backends
+    backends.cudnn.allow_tf32 = False  # torch.export refuses the newer name of this one
     for operation in (
-        backends.cudnn.conv,  # type: ignore[attr-defined]
         backends.cuda.matmul,
         backends.mkldnn.conv,  # type: ignore[attr-defined]
         backends.mkldnn.matmul,  # type: ignore[attr-defined]
@@ -96,6 +96,8 @@ def _resolve_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
+        if device.type not in {"cpu", "cuda"}:
+            raise RuntimeError(name)
     except RuntimeError:
         raise DeviceError(f"device {name!r} is not known; use auto, cpu, cuda or cuda:N") from None
     if device.type == "cuda" and not torch.cuda.is_available():

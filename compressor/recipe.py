@@ -20,6 +20,7 @@ from compressor.closed_table import (
     NonNegative,
     Pixels,
     Positive,
+    Side,
     TupleOf,
     UnitFraction,
 )
@@ -49,11 +50,11 @@ class DataRecipe(ClosedTable):
     source: str
     validation_size: Count
     """Training images held out for selection, the same number of each class up to one."""
-    image_size: Count | None = None
+    image_size: Side | None = None
     """Resize the shorter side to this and crop the centre; without it all sizes must agree."""
     num_channels: Literal[1, 3] | None = None
     """Convert every image; without it all images must have the channels of the first."""
-    crop_padding_pixels: Annotated[int, Field(ge=0)] = 4
+    crop_padding_pixels: Annotated[int, Field(ge=0, le=4096)] = 4
     horizontal_flip: bool = True
 
 
@@ -61,7 +62,7 @@ class StudentRecipe(ClosedTable):
     """The network to train."""
 
     architecture: str
-    width: Positive = 1.0
+    width: Annotated[float, Field(gt=0, le=100)] = 1.0
     """Factor on the number of channels."""
     mean: TupleOf[float] | None = None
     std: TupleOf[Positive] | None = None
@@ -75,7 +76,7 @@ class TeacherRecipe(ClosedTable):
     mean: TupleOf[float] | None = None
     """Per-channel mean that the teacher subtracts itself, for teachers trained that way."""
     std: TupleOf[Positive] | None = None
-    resize_to: Count | None = None
+    resize_to: Side | None = None
     """Side length that the teacher was trained on, where it differs from the data."""
     sha256: str | None = None
     """Refuse any other file."""
@@ -163,7 +164,8 @@ class TrainingRecipe(ClosedTable):
     """SGD and its schedule; defaults are the authors' settings."""
 
     epochs: Count = 300
-    batch_size: Count = 128
+    batch_size: Annotated[int, Field(ge=2)] = 128
+    """BatchNorm cannot train on one image."""
     learning_rate: Positive = 0.1
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     nesterov: bool = False
@@ -191,7 +193,7 @@ class Recipe(ClosedTable):
     number that flatters.
     """
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    name: Annotated[str, Field(max_length=100, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     threat: ThreatRecipe = ThreatRecipe()
     data: DataRecipe
@@ -249,6 +251,10 @@ def canonical_json(value: object) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
+_MORE = "give --{role}-teacher ARCH:FILE or a [[teachers]] table"
+_FEWER = "remove the [[teachers]] tables and options that are too many"
+
+
 def _teacher_problems(recipe: Recipe) -> list[str]:
     needed = {"clean": 1, "robust": 1} if recipe.method.name == "bmtard" else {}
     problems = []
@@ -257,8 +263,8 @@ def _teacher_problems(recipe: Recipe) -> list[str]:
         if count != needed.get(role, 0):
             problems.append(
                 f"teachers: method {recipe.method.name!r} takes {needed.get(role, 0)} {role} "
-                f"teacher, the recipe has {count}; give --{role}-teacher ARCH:FILE or a "
-                "[[teachers]] table"
+                f"teacher, the recipe has {count}; "
+                + (_FEWER if count > needed.get(role, 0) else _MORE.format(role=role))
             )
     return problems if needed or recipe.teachers else []
 
@@ -273,7 +279,7 @@ def _attack_problems(recipe: Recipe) -> list[str]:
     return [
         f"method.attack: {attack.num_steps} steps of {attack.step_size_pixels:.4g} reach only "
         f"{reach:.4g} of epsilon {epsilon:.4g}; the student would train against a weaker "
-        "attacker than the threat says"
+        "attacker than the threat says. Remove step_size_pixels, or raise it or num_steps"
     ]
 
 

@@ -65,17 +65,21 @@ def read_table(path: Path) -> dict[str, Any]:
         RecipeError: if the file is missing, unreadable, or not what its name says.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # editors on Windows add a mark
         table = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except FileNotFoundError:
         raise RecipeError(
             f"{path} does not exist. Recipes to start from: examples/recipes"
         ) from None
+    except IsADirectoryError:
+        raise RecipeError(
+            f"{path} is a folder, not a recipe; name a .toml file, or continue a run with --resume"
+        ) from None
     except OSError as error:
         raise RecipeError(f"{path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise RecipeError(f"{path} is not a text file in UTF-8; a recipe is a TOML file") from None
-    except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits
         kind = path.suffix[1:].upper() or "TOML"
         raise RecipeError(f"{path} is not valid {kind}: {error}") from None
     if not isinstance(table, dict):
@@ -97,7 +101,7 @@ def apply_override(table: dict[str, Any], override: str) -> None:
         raise UsageError(f"--set {override!r} is not KEY=VALUE; for example training.epochs=3")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         value = text.strip()
     place: Any = table
     for key in keys[:-1]:
@@ -113,7 +117,7 @@ def apply_override(table: dict[str, Any], override: str) -> None:
 
 
 def _item(place: object, key: str, override: str) -> Any:  # noqa: ANN401 (parsed TOML)
-    if isinstance(place, list) and key.isdigit() and int(key) < len(place):
+    if isinstance(place, list) and key.isdecimal() and int(key) < len(place):
         return place[int(key)]
     have = f"a list of {len(place)}" if isinstance(place, list) else repr(place)
     raise UsageError(f"--set {override!r}: there is no {key!r} in {have}")
@@ -121,6 +125,8 @@ def _item(place: object, key: str, override: str) -> Any:  # noqa: ANN401 (parse
 
 _WORDING = {
     "missing": "is missing",
+    "string_pattern_mismatch": "must be of letters a to z, digits, dots, dashes and underscores",
+    "string_too_long": "must have at most 100 letters",
     "bool_type": "must be true or false, without quotes",
     "int_type": "must be a whole number, without quotes",
     "float_type": "must be a number, without quotes",

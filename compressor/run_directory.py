@@ -37,7 +37,13 @@ class RunDirectory:
         Raises:
             RunError: if something is already there, which is never overwritten.
         """
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        try:
+            is_taken = path.exists() and (not path.is_dir() or _holds_something(path))
+        except OSError as error:
+            raise RunError(
+                f"{path} cannot be a run folder: {error.strerror}; choose another with --out"
+            ) from None
+        if is_taken:
             raise RunError(
                 f"{path} already exists and is not empty; continue it with --resume, "
                 "or choose another folder with --out"
@@ -53,7 +59,10 @@ class RunDirectory:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise RunError(f"the run folder {self.path} cannot be made: {error.strerror}") from None
+            raise RunError(
+                f"the run folder {self.path} cannot be made: {error.strerror}; "
+                "choose another with --out"
+            ) from None
 
     @classmethod
     def open(cls, path: Path) -> "RunDirectory":
@@ -157,6 +166,13 @@ class RunDirectory:
             yield
 
 
+def _holds_something(folder: Path) -> bool:
+    """Whether there is more than what a process killed before its first step leaves behind."""
+    run = RunDirectory(folder)
+    leftovers = {".lock", run.facts.name, run.environment.name}
+    return any(path.name not in leftovers for path in folder.iterdir())
+
+
 def write_text_atomically(path: Path, text: str) -> None:
     """Write a text file in UTF-8 that is either there as a whole or not at all."""
     write_bytes_atomically(path, text.encode())
@@ -192,9 +208,26 @@ def read_json(path: Path) -> Any:  # noqa: ANN401 (parsed JSON)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise RunError(f"{path} is missing from the run") from None
+        raise RunError(f"{path} is missing from the run; copy it back, or train again") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise RunError(f"{path} cannot be read: {error}") from None
+
+
+_FACTS = {"class_names", "teachers", "training_content_sha256", "num_training"}
+_FACTS |= {"num_validation", "validation_index_sha256"}
+
+
+def read_facts(run: RunDirectory) -> dict[str, Any]:
+    """What training wrote into `run.facts`.
+
+    Raises:
+        RunError: if the file is missing, damaged, or lacks a fact.
+    """
+    facts = read_json(run.facts)
+    missing = sorted(_FACTS - facts.keys()) if isinstance(facts, dict) else sorted(_FACTS)
+    if missing:
+        raise RunError(f"{run.facts} lacks {', '.join(missing)}; copy it from the run again")
+    return dict(facts)
 
 
 @contextmanager

@@ -137,7 +137,13 @@ def load_teacher(
 
 
 def _parse_source(source: str) -> _Source:
-    if Path(source).is_dir():
+    try:
+        is_run = Path(source).is_dir()
+    except (OSError, ValueError) as error:
+        raise TeacherError(
+            f"the teacher {source!r} cannot be read ({error}); check the path"
+        ) from None
+    if is_run:
         return _Source(None, Path(source) / "model.safetensors")
     start = len(TORCHVISION_PREFIX) if source.startswith(TORCHVISION_PREFIX) else 0
     end = source.find(":", start)

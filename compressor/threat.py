@@ -37,16 +37,15 @@ def parse_fraction(text: str | float) -> float:
     Raises:
         ValueError: if the text is neither a number nor a fraction of two.
     """
-    if isinstance(text, bool):
-        raise ValueError(f"{text!r} is not a number")
-    if isinstance(text, int | float):
-        return float(text)
-    top, slash, bottom = text.partition("/")
     try:
-        value = float(top) / float(bottom) if slash else float(top)
-    except (ValueError, ZeroDivisionError):
-        raise ValueError(f'{text!r} is not a number; write a fraction as "8/255"') from None
-    return value
+        if isinstance(text, str):
+            top, slash, bottom = text.partition("/")
+            return float(top) / float(bottom) if slash else float(top)
+        if isinstance(text, int | float) and not isinstance(text, bool):
+            return float(text)
+    except (ValueError, ZeroDivisionError, OverflowError):
+        pass
+    raise ValueError(f'{text!r} is not a number; write a fraction as "8/255"')
 
 
 def format_pixels(value: float) -> str:

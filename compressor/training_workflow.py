@@ -24,11 +24,12 @@ from compressor.performance import Performance, resolve_performance
 from compressor.performance_settings import PerformanceSettings
 from compressor.recipe import BMTARDRecipe, Recipe, resolved_dict
 from compressor.report import Count
-from compressor.run_directory import RunDirectory, write_json_atomically
+from compressor.run_directory import RunDirectory, read_facts, write_json_atomically
 from compressor.student import Student
 from compressor.teacher_check import TeacherCheck, check_teacher, refuse_unfit
 from compressor.teachers import Teacher, load_teacher
 from compressor.trainer import Training, fit, num_steps_of, trained_tensors
+from compressor.weights import sha256_of_file
 
 _TEACHER_CHECK_IMAGES = 512
 _TEACHER_CHECK_STEPS = 5
@@ -167,7 +168,7 @@ def _fit_and_finish(training: Training, spec: NetworkSpec, *, resume: bool) -> N
             recipe_id=recipe.recipe_id,
             restore_method_state=method.restore_state,
         )
-    with _writing_metrics(training, step=state.step) as observed:
+    with _writing_metrics(training, state) as observed:
         state = fit(observed, state)
     write_curves(run, title=recipe.name)
     if state.best is None:
@@ -176,13 +177,15 @@ def _fit_and_finish(training: Training, spec: NetworkSpec, *, resume: bool) -> N
     network.load_state_dict(load_candidate(run, state.best))
     metadata = {"recipe_id": recipe.recipe_id, "class_names": training.data.train.class_names}
     save_classifier(run.model, network, spec, metadata)
+    facts = read_facts(run) | {"model_sha256": sha256_of_file(run.model)}
+    write_json_atomically(run.facts, facts)
 
 
 @contextmanager
-def _writing_metrics(training: Training, *, step: int) -> Iterator[Training]:
+def _writing_metrics(training: Training, state: TrainState) -> Iterator[Training]:
     """The same training, its events also written to files."""
-    metrics = MetricsFile(training.run, step=step)
-    tensorboard = TensorBoardFiles(training.run, step=step)
+    metrics = MetricsFile(training.run, step=state.step, epoch=state.epoch)
+    tensorboard = TensorBoardFiles(training.run, step=state.step)
 
     def observe(event: Event) -> None:
         metrics(event)

@@ -14,7 +14,7 @@ from compressor.cost import Latency, count_multiply_adds, measure_latencies, on_
 from compressor.data import TestSplit, load_test_split
 from compressor.environment import describe_environment
 from compressor.errors import RobustCompressError, RunError
-from compressor.networks import NetworkSpec, count_parameters, load_classifier
+from compressor.networks import NetworkSpec, count_parameters, load_trained
 from compressor.onnx_model import load_onnx_model
 from compressor.performance import Performance, resolve_performance
 from compressor.performance_settings import PerformanceSettings
@@ -31,7 +31,7 @@ from compressor.report import (
     TeacherRow,
     write_report,
 )
-from compressor.run_directory import RunDirectory, read_json
+from compressor.run_directory import RunDirectory, read_facts, read_json
 from compressor.teachers import Teacher, load_teacher
 from compressor.verification import VerificationProgress, VerificationResult, verify_network
 from compressor.weights import sha256_of_file
@@ -70,14 +70,9 @@ def verify_run(
     """
     started_at_seconds = time.perf_counter()
     performance = Performance(device=resolve_performance(settings).device)
-    if not run.model.is_file():
-        raise RunError(
-            f"{run.path} has no {run.model.name}: its training has not ended; continue it with "
-            "--resume"
-        )
-    recipe = load_recipe(run.resolved_recipe)
-    facts = read_json(run.facts)
-    network, spec = load_classifier(run.model)
+    network, spec = load_trained(run)
+    recipe, facts = load_recipe(run.resolved_recipe), read_facts(run)
+    selection = _selection(run)
     split = load_test_split(
         recipe.data, settings=settings, device=performance.device, num_images=num_images
     )
@@ -96,7 +91,7 @@ def verify_run(
         norm=recipe.threat.norm,
         epsilon_pixels=recipe.threat.epsilon_pixels,
         data=_data_facts(verified),
-        selection=_selection(run),
+        selection=selection,
         teachers=tuple(TeacherRow.model_validate(row) for row in facts["teachers"]),
         clean=Count.of(result.clean),
         attacks=tuple(_attack_row(name, attack, result) for name, attack in attacks.items()),

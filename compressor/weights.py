@@ -62,6 +62,8 @@ def read_state_dict(path: Path) -> StateDict:
         content = _read_pickled(path)
     elif path.suffix == ".pt2":
         raise WeightsError(f"{path}: loading a .pt2 archive can execute code; {_USE_ONNX}")
+    elif path.suffix == ".onnx":
+        raise WeightsError(f"{path}: give an '.onnx' file without an architecture before it")
     else:
         known = ", ".join([".safetensors", *sorted(_PICKLED)])
         raise WeightsError(

@@ -6,12 +6,12 @@ import json
 import torch
 
 from compressor.data import load_training_data
-from compressor.errors import ArtefactMismatchError, RunError
-from compressor.networks import load_classifier
+from compressor.errors import ArtefactMismatchError
+from compressor.networks import load_trained
 from compressor.onnx_model import load_onnx_model
 from compressor.performance_settings import PerformanceSettings
 from compressor.recipe_file import load_recipe
-from compressor.run_directory import RunDirectory, read_json, write_json_atomically
+from compressor.run_directory import RunDirectory, read_facts, write_json_atomically
 from compressor.weights import sha256_of_file
 from exporters.exported_model import ExportedModel
 from exporters.to_onnx import INPUT_CONTRACT, INPUT_NAME, OPSET, write_onnx
@@ -25,13 +25,8 @@ def export_run(run: RunDirectory, *, settings: PerformanceSettings) -> ExportedM
         RunError: if training has not ended.
         ArtefactMismatchError: if the file answers differently; its verification says how.
     """
-    if not run.model.is_file():
-        raise RunError(
-            f"{run.path} has no {run.model.name}: its training has not ended; continue it with "
-            "--resume"
-        )
-    recipe, facts = load_recipe(run.resolved_recipe), read_json(run.facts)
-    network, spec = load_classifier(run.model)
+    network, spec = load_trained(run)
+    recipe, facts = load_recipe(run.resolved_recipe), read_facts(run)
     source_sha256 = sha256_of_file(run.model)
     path = run.onnx("fp32")
     metadata = {

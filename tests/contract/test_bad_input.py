@@ -766,7 +766,11 @@ RUNS = {
         removed("run/model.safetensors"), "verify run", "training has not ended", "--resume"
     ),
     "verify of a damaged model": row(
-        truncated("run/model.safetensors", 3000), "verify run", "model.safetensors is damaged"
+        truncated("run/model.safetensors", 3000),
+        "verify run",
+        "model.safetensors has SHA-256",
+        "--resume",
+        code=MISMATCH,
     ),
     "verify without facts": row(
         removed("run/run.json"), "verify run", "run/run.json is missing from the run"
@@ -784,7 +788,11 @@ RUNS = {
         removed("run/model.safetensors"), "export run", "training has not ended", "--resume"
     ),
     "export of a damaged model": row(
-        truncated("run/model.safetensors", 3000), "export run", "model.safetensors is damaged"
+        truncated("run/model.safetensors", 3000),
+        "export run",
+        "model.safetensors has SHA-256",
+        "--resume",
+        code=MISMATCH,
     ),
     "export with empty facts": row(
         written("{}", "run/run.json"), "export run", "run.json", "again"

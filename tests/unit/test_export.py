@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
@@ -105,8 +106,9 @@ def test_a_network_that_onnx_cannot_express_is_refused(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_unfinished_run_is_refused(tmp_path):
-    folder = RunDirectory(tmp_path)
+def test_an_unfinished_run_is_refused(run, tmp_path):
+    folder = RunDirectory(shutil.copytree(run.path, tmp_path / "copy"))
+    folder.model.unlink()
     with pytest.raises(RunError, match="has not ended"):
         export_run(folder, settings=SETTINGS)
 

@@ -12,7 +12,6 @@ from compressor.metrics import (
     TrainingEnded,
     TrainingStarted,
     ValidationStarted,
-    is_finite,
     read_metrics,
 )
 from compressor.proportions import Proportion
@@ -24,8 +23,8 @@ def run(tmp_path):
     return RunDirectory(tmp_path)
 
 
-def write(run, events, *, step=0):
-    file = MetricsFile(run, step=step)
+def write(run, events, *, step=0, epoch=1):
+    file = MetricsFile(run, step=step, epoch=epoch)
     for event in events:
         file(event)
     file.close()
@@ -88,7 +87,7 @@ def test_half_written_last_line_is_no_line(run, rest):
 
 
 def test_checkpoint_makes_the_lines_durable(run):
-    file = MetricsFile(run, step=0)
+    file = MetricsFile(run, step=0, epoch=0)
     for event in [*steps(1, 3), CheckpointSaved(step=3, path="p")]:
         file(event)
     assert steps_in(run) == [1, 2, 3]  # before `close`
@@ -99,14 +98,18 @@ def test_no_file_has_no_lines(run):
     assert read_metrics(run) == []
 
 
-@pytest.mark.parametrize(
-    ("values", "expected"),
-    [
-        ({}, True),
-        ({"a": 1.0}, True),
-        ({"a": 1.0, "b": float("nan")}, False),
-        ({"a": -float("inf")}, False),
-    ],
-)
-def test_is_finite(values, expected):
-    assert is_finite(values) is expected
+def test_validation_is_repeated_where_its_epoch_was_not_saved(run):
+    """A checkpoint after the last step of an epoch may come before the epoch's validation."""
+    validated = CandidateValidated(
+        step=2,
+        epoch=1,
+        candidate="weights",
+        clean=Proportion(num_correct=9, num_total=10),
+        robust=Proportion(num_correct=5, num_total=10),
+        is_best=True,
+    )
+    write(run, [*steps(1, 2), validated])
+    write(run, [validated], step=2, epoch=0)
+    assert [line["kind"] for line in read_metrics(run)] == ["step", "step", "validation"]
+    write(run, [], step=2, epoch=1)
+    assert [line["kind"] for line in read_metrics(run)] == ["step", "step", "validation"]

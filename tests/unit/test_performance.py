@@ -40,10 +40,11 @@ def test_absent_device_is_refused(device, said, monkeypatch):
 
 
 def test_float32_is_not_tf32():
-    torch.backends.cudnn.conv.fp32_precision = "tf32"  # as PyTorch has it by default
+    torch.backends.cudnn.allow_tf32 = True  # as PyTorch has it by default
     resolve(device="cpu")
-    for backend in (torch.backends.cudnn.conv, torch.backends.cuda.matmul):
-        assert backend.fp32_precision == "ieee"
+    assert not torch.backends.cudnn.allow_tf32
+    for operation in (torch.backends.cuda.matmul, torch.backends.mkldnn.conv):
+        assert operation.fp32_precision == "ieee"
 
 
 def test_short_float32_from_the_environment_is_refused(monkeypatch):

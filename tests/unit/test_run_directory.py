@@ -141,3 +141,14 @@ def test_interrupted_folder_leaves_the_old_one_and_is_cleared(tmp_path):
     with folder_written_atomically(tmp_path / "step-2"):
         pass
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-1", "step-2"]
+
+
+def test_leftovers_of_a_run_that_never_began_are_no_run(tmp_path):
+    """Killed between its first files and its recipe, a run can be started again."""
+    run = RunDirectory(tmp_path)
+    write_json_atomically(run.environment, {})
+    write_json_atomically(run.facts, {})
+    assert RunDirectory.vacant(tmp_path) == run
+    write_json_atomically(run.resolved_recipe, {})
+    with pytest.raises(RunError, match="not empty"):
+        RunDirectory.vacant(tmp_path)
