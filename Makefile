@@ -47,12 +47,13 @@ evidence: install
 	$(BIN)/python examples/digits_demo.py --seeds 0 1 2 --write docs/results/digits-demo.md
 
 bench: install-dev
-	$(BIN)/python tests/bench/bench_step.py --write docs/results/bench-step.md
+	$(BIN)/python tests/bench/bench_step.py --rounds 5 --write docs/results/bench-step.md
 
 cifar10-small: install
 	@test -n '$(CIFAR10)' && test -n '$(TEACHERS)' || \
 	  { echo 'usage: make cifar10-small CIFAR10=folder TEACHERS=folder'; exit 2; }
 	$(BIN)/robust-compress distill examples/recipes/cifar10-small.toml --out $(RUN) \
+	  $(if $(wildcard $(RUN)/recipe.resolved.json),--resume) \
 	  --data 'imagefolder:$(CIFAR10)' \
 	  --clean-teacher 'resnet18:$(TEACHERS)/clean_resnet18_w0.5.safetensors' \
 	  --robust-teacher 'resnet18:$(TEACHERS)/robust_resnet18_w0.5.safetensors'

@@ -115,7 +115,7 @@ def _finish(
     if do_export:
         result["onnx"] = run_export(run, settings=settings, output=output)
     if do_verify:
-        result["report"] = run_verify(run, settings=settings, num_images=None, output=output)
+        result["report"] = run_verify(run, settings=settings, output=output)
     output.result(result)
     todo = "verify" if not do_verify else "export" if not do_export else None
     if todo == "export":
@@ -123,4 +123,4 @@ def _finish(
     elif todo == "verify":
         output.next_command(f"robust-compress verify {run.path}")
     else:
-        output.next_command(f"less {run.report_markdown}")
+        output.next_command(f"less {run.report_markdown()}")

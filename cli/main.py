@@ -14,7 +14,7 @@ from cli.output import print_bug, print_error
 from cli.recipe import check
 from cli.teacher import train_teacher
 from cli.verify import verify
-from compressor.errors import ExitCode, RobustCompressError, UsageError
+from compressor.errors import ExitCode, RobustCompressError, RunError, UsageError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -85,6 +85,10 @@ def main() -> None:
     except RobustCompressError as error:
         print_error(error, as_json="--json" in sys.argv)
         sys.exit(int(error.exit_code))
+    except OSError as error:  # a full disk, a folder that may not be written
+        place = f"{error.filename}: " if error.filename else ""
+        print_error(RunError(f"{place}{error.strerror}"), as_json="--json" in sys.argv)
+        sys.exit(int(ExitCode.KNOWN_ERROR))
     except KeyboardInterrupt:
         sys.exit(int(ExitCode.INTERRUPTED))
     except Exception as error:  # noqa: BLE001 (the one place where everything ends)

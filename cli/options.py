@@ -12,6 +12,9 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change one setting; repeatable."),
 ]
+MovedDataOption = Annotated[
+    str | None, typer.Option("--data", help="Where the data lies now, if not where it was.")
+]
 OutOption = Annotated[
     Path | None,
     typer.Option("--out", metavar="RUN", help="Folder of the run [default: runs/NAME-ID]."),

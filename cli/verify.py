@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cli.options import DeviceOption, JsonOption, RunArgument, ThreadsOption
+from cli.options import DeviceOption, JsonOption, MovedDataOption, RunArgument, ThreadsOption
 from cli.output import Output
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ def verify(
     samples: Annotated[
         int | None, typer.Option(min=1, help="A class-balanced part of the test images.")
     ] = None,
+    data: MovedDataOption = None,
     device: DeviceOption = "auto",
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
@@ -34,7 +35,9 @@ def verify(
     output = Output(as_json=as_json)
     run = RunDirectory.open(run_path)
     settings = performance_settings(device=device, dtype="auto", num_threads=threads)
-    output.result(run_verify(run, settings=settings, num_images=samples, output=output))
+    output.result(
+        run_verify(run, settings=settings, num_images=samples, data_source=data, output=output)
+    )
     output.next_command(f"robust-compress export {run.path} --format onnx")
 
 
@@ -42,7 +45,8 @@ def run_verify(
     run: "RunDirectory",
     *,
     settings: "PerformanceSettings",
-    num_images: int | None,
+    num_images: int | None = None,
+    data_source: str | None = None,
     output: Output,
 ) -> dict[str, Any]:
     """Verify with a progress display, print the tables, and return the report as plain values."""
@@ -50,9 +54,15 @@ def run_verify(
     from compressor.verification_workflow import verify_run
 
     with verification_display(output) as observe:
-        report = verify_run(run, settings=settings, num_images=num_images, observe=observe)
+        report = verify_run(
+            run,
+            settings=settings,
+            num_images=num_images,
+            data_source=data_source,
+            observe=observe,
+        )
     _print_report(report, output)
-    output.say(f"\nReport: {run.report_markdown}")
+    output.say(f"\nReport: {run.report_markdown(num_images)}")
     return report.model_dump(mode="json")
 
 

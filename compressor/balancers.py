@@ -70,8 +70,11 @@ def balance_loss_weights(
     relative losses. The first call sets the reference losses.
 
     Returns:
-        The weights for this very batch.
+        The weights for this very batch; unchanged where a loss is not finite, which the trainer
+        refuses.
     """
+    if not (math.isfinite(robust_loss) and math.isfinite(clean_loss)):
+        return state
     first_robust = state.first_robust_loss if state.first_robust_loss is not None else robust_loss
     first_clean = state.first_clean_loss if state.first_clean_loss is not None else clean_loss
     robust_relative = _ratio(robust_loss, first_robust)

@@ -5,6 +5,7 @@ epoch, sample), so there is no generator to save.
 """
 
 import dataclasses
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from compressor.errors import CheckpointError, NonFiniteLossError
+from compressor.recipe import canonical_json
 from compressor.run_directory import RunDirectory, folder_written_atomically
 from compressor.weights import sha256_of_file
 
@@ -88,6 +90,7 @@ def save_checkpoint(
             **dataclasses.asdict(state),
             "sha256": {file.name: sha256_of_file(file) for file in sorted(folder.iterdir())},
         }
+        table["state_sha256"] = _hash_of_table(table)
         (folder / "train_state.json").write_text(json.dumps(table, indent=2), encoding="utf-8")
     return path
 
@@ -118,11 +121,6 @@ def load_checkpoint(
     """
     path = _choose(run, step)
     table = _read_state(path)
-    if table.get("format_version") != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path} has format version {table.get('format_version')}; this version of "
-            f"robust-compress reads {FORMAT_VERSION}"
-        )
     if table["recipe_id"] != recipe_id:
         raise CheckpointError(
             f"{path} belongs to another recipe (id {table['recipe_id'][:8]}, now "
@@ -181,12 +179,23 @@ def _choose(run: RunDirectory, step: int | None) -> Path:
 def _read_state(path: Path) -> dict[str, Any]:
     try:
         table = json.loads((path / "train_state.json").read_text(encoding="utf-8"))
+        if table["format_version"] != FORMAT_VERSION:
+            raise CheckpointError(
+                f"{path} has format version {table['format_version']}, this robust-compress reads "
+                f"{FORMAT_VERSION}; resume with the version that wrote it"
+            )
         needed = {"recipe_id", "sha256", "step", "epoch", "batch_in_epoch", "method_state", "best"}
         if missing := needed - set(table):
             raise KeyError(f"no {sorted(missing)}")
+        if table.pop("state_sha256") != _hash_of_table(table):
+            raise ValueError("its SHA-256 is another than when it was written")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _damaged(path, f"train_state.json cannot be read ({error})") from None
     return dict(table)
+
+
+def _hash_of_table(table: Mapping[str, Any]) -> str:
+    return hashlib.sha256(canonical_json(table).encode()).hexdigest()
 
 
 def _check_hashes(path: Path, hashes: Mapping[str, str]) -> None:

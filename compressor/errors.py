@@ -80,6 +80,12 @@ class MissingDependencyError(RobustCompressError):
     """An optional package is needed and absent."""
 
 
+class InvalidEvaluationError(RobustCompressError):
+    """An evaluation broke its own rules, so its numbers say nothing."""
+
+    exit_code = ExitCode.INVALID
+
+
 class ArtefactMismatchError(RobustCompressError):
     """A file does not answer as the model that it claims to be, or has another hash."""
 

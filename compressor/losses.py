@@ -30,9 +30,16 @@ def margin(logits_NK: Tensor, y_N: Tensor) -> Tensor:
 
 
 def kl_to_probabilities(logits_NK: Tensor, p_NK: Tensor) -> Tensor:
-    """KL(p || softmax(logits)), shape [N]; exact, and 0 where p is 0."""
+    """KL(p || softmax(logits)), shape [N]; exact, and 0 where p is 0. For constant p."""
     log_q_NK = F.log_softmax(logits_NK, dim=1)
     return (torch.xlogy(p_NK, p_NK) - p_NK * log_q_NK).sum(dim=1)
+
+
+def kl_divergence(p_logits_NK: Tensor, q_logits_NK: Tensor) -> Tensor:
+    """KL(softmax(p_logits) || softmax(q_logits)), shape [N]; its gradient is finite everywhere."""
+    log_p_NK = F.log_softmax(p_logits_NK, dim=1)
+    log_q_NK = F.log_softmax(q_logits_NK, dim=1)
+    return (log_p_NK.exp() * (log_p_NK - log_q_NK)).sum(dim=1)
 
 
 def temper(teacher_logits_NK: Tensor, temperature: float) -> Tensor:

@@ -183,7 +183,8 @@ class SelectionRecipe(ClosedTable):
     from_fraction: UnitFraction = 0.0
     """No validation before this fraction of the run; the last epoch always has one."""
     num_steps: Count = 20
-    """Steps of the PGD that measures robust validation accuracy (step 0.003 at 8/255)."""
+    """Steps of the PGD that measures robust validation accuracy: 20 of 0.003 at 8/255, or fewer
+    and longer ones that reach as far."""
 
 
 class Recipe(ClosedTable):
@@ -271,15 +272,17 @@ def _teacher_problems(recipe: Recipe) -> list[str]:
 
 def _attack_problems(recipe: Recipe) -> list[str]:
     attack = getattr(recipe.method, "attack", None)
-    if not isinstance(attack, InnerAttackRecipe) or attack.step_size_pixels is None:
+    if not isinstance(attack, InnerAttackRecipe):
         return []
-    reach, epsilon = attack.num_steps * attack.step_size_pixels, recipe.threat.epsilon_pixels
+    epsilon = recipe.threat.epsilon_pixels
+    step_size_pixels = attack.step_size_pixels or epsilon / 4
+    reach = attack.num_steps * step_size_pixels
     if reach >= epsilon:
         return []
     return [
-        f"method.attack: {attack.num_steps} steps of {attack.step_size_pixels:.4g} reach only "
+        f"method.attack: {attack.num_steps} steps of {step_size_pixels:.4g} reach only "
         f"{reach:.4g} of epsilon {epsilon:.4g}; the student would train against a weaker "
-        "attacker than the threat says. Remove step_size_pixels, or raise it or num_steps"
+        "attacker than the threat says. Raise num_steps or step_size_pixels"
     ]
 
 

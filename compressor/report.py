@@ -109,6 +109,7 @@ class SelectionFacts(_Table):
 
     epoch: int
     candidate: str
+    attack: str
     clean: Count
     robust: Count
 
@@ -257,7 +258,8 @@ def _provenance(report: RobustnessReport) -> str:
     data, selection = report.data, report.selection
     chosen = (
         f"epoch {selection.epoch} ({selection.candidate}): clean {percent(selection.clean)}, "
-        f"robust {percent(selection.robust)} of {selection.clean.num_total} held-out images"
+        f"{percent(selection.robust)} under {selection.attack}, of {selection.clean.num_total} "
+        "held-out images"
     )
     facts = {
         "selected": chosen,

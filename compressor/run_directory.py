@@ -114,15 +114,13 @@ class RunDirectory:
         """The selected weights, self-describing."""
         return self.path / "model.safetensors"
 
-    @property
-    def report_json(self) -> Path:
-        """The verification, for programs."""
-        return self.path / "report.json"
+    def report_json(self, num_images: int | None = None) -> Path:
+        """The verification on all test images, or on so many of them, for programs."""
+        return self.path / f"report{_part(num_images)}.json"
 
-    @property
-    def report_markdown(self) -> Path:
-        """The verification, for people."""
-        return self.path / "report.md"
+    def report_markdown(self, num_images: int | None = None) -> Path:
+        """The same for people."""
+        return self.path / f"report{_part(num_images)}.md"
 
     @property
     def checkpoints(self) -> Path:
@@ -145,6 +143,10 @@ class RunDirectory:
         """The exported graph."""
         return self.path / "exports" / f"model.{precision}.onnx"
 
+    def unverified_onnx(self, precision: str) -> Path:
+        """The exported graph before its answers are compared."""
+        return self.path / "exports" / f"unverified.{precision}.onnx"
+
     def onnx_verification(self, precision: str) -> Path:
         """What was shown about the exported graph."""
         return self.path / "exports" / f"model.{precision}.onnx.json"
@@ -164,6 +166,10 @@ class RunDirectory:
                     f"another process is training in {self.path}; wait for it or stop it"
                 ) from None
             yield
+
+
+def _part(num_images: int | None) -> str:
+    return "" if num_images is None else f"-{num_images}"
 
 
 def _holds_something(folder: Path) -> bool:
@@ -214,7 +220,7 @@ def read_json(path: Path) -> Any:  # noqa: ANN401 (parsed JSON)
 
 
 _FACTS = {"class_names", "teachers", "training_content_sha256", "num_training"}
-_FACTS |= {"num_validation", "validation_index_sha256"}
+_FACTS |= {"num_validation", "validation_index_sha256", "image_shape", "selection_attack"}
 
 
 def read_facts(run: RunDirectory) -> dict[str, Any]:
@@ -246,10 +252,13 @@ def folder_written_atomically(path: Path) -> Iterator[Path]:
     for file in folder.iterdir():
         _sync(file)
     _sync(folder)
+    before = path.parent / f".incomplete-before-{path.name}"
     if path.exists():
-        shutil.rmtree(path)
+        path.replace(before)
     folder.replace(path)
     _sync(path.parent)
+    if before.exists():
+        shutil.rmtree(before)
 
 
 def _sync(path: Path) -> None:

@@ -3,7 +3,13 @@
 import math
 from dataclasses import dataclass
 
-from compressor.recipe import CosineRecipe, MilestonesRecipe, OneCycleRecipe, ScheduleRecipe
+from compressor.recipe import (
+    CosineRecipe,
+    MilestonesRecipe,
+    OneCycleRecipe,
+    Recipe,
+    ScheduleRecipe,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +25,11 @@ class Progress:
     def fraction(self) -> float:
         """Share of the run that is done, in [0, 1)."""
         return self.step / self.num_steps
+
+
+def num_steps_of(recipe: Recipe, *, num_images: int) -> int:
+    """Steps of a run on `num_images`; every epoch keeps its last, smaller batch."""
+    return math.ceil(num_images / recipe.training.batch_size) * recipe.training.epochs
 
 
 def rate_factor(schedule: ScheduleRecipe, progress: Progress) -> float:

@@ -1,14 +1,13 @@
 """A short look at a teacher before hours are spent on it."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
+from torch import Tensor
 
 from compressor.attacks.protocol import Attack
 from compressor.data import Batch
 from compressor.errors import TeacherError
-from compressor.folding import EvaluationView
-from compressor.performance import Performance
 from compressor.proportions import Proportion
 from compressor.teachers import Teacher
 
@@ -19,7 +18,7 @@ _ROBUST_FLOOR = 0.02
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherCheck:
-    """What a teacher scored on one batch of held-out training images."""
+    """What a teacher scored on some held-out training images."""
 
     teacher: Teacher
     clean: Proportion
@@ -29,18 +28,20 @@ class TeacherCheck:
     """Why it is unfit for its role, if it is."""
 
 
-def check_teacher(
-    teacher: Teacher, batch: Batch, *, attack: Attack, performance: Performance
-) -> TeacherCheck:
+def check_teacher(teacher: Teacher, batches: Iterable[Batch], *, attack: Attack) -> TeacherCheck:
     """Clean accuracy, and accuracy under a short attack where there is a gradient."""
-    clean = _count(teacher.logits(batch.x_NCHW), batch)
-    robust = None
-    if teacher.network is not None:
-        view = EvaluationView(teacher.network, performance)
-        x_adv = attack(view, batch.x_NCHW, batch.y_N, keys_N=batch.keys_N)
-        robust = _count(teacher.logits(x_adv), batch)
-    problem = _problem(teacher, clean, robust)
-    return TeacherCheck(teacher=teacher, clean=clean, robust=robust, problem=problem)
+    num_clean, num_robust, num_total = 0, 0, 0
+    for batch in batches:
+        num_total += len(batch.y_N)
+        num_clean += _num_correct(teacher, batch.x_NCHW, batch.y_N)
+        if teacher.network is not None:
+            x_adv = attack(teacher.answer, batch.x_NCHW, batch.y_N, keys_N=batch.keys_N)
+            num_robust += _num_correct(teacher, x_adv, batch.y_N)
+    clean = Proportion(num_correct=num_clean, num_total=num_total)
+    robust = Proportion(num_correct=num_robust, num_total=num_total)
+    found = robust if teacher.network is not None else None
+    problem = _problem(teacher, clean, found)
+    return TeacherCheck(teacher=teacher, clean=clean, robust=found, problem=problem)
 
 
 def refuse_unfit(check: TeacherCheck) -> None:
@@ -66,6 +67,5 @@ def _problem(teacher: Teacher, clean: Proportion, robust: Proportion | None) -> 
     return None
 
 
-def _count(logits_NK: torch.Tensor, batch: Batch) -> Proportion:
-    correct = int((logits_NK.argmax(dim=1) == batch.y_N).sum())
-    return Proportion(num_correct=correct, num_total=len(batch.y_N))
+def _num_correct(teacher: Teacher, x_NCHW: Tensor, y_N: Tensor) -> int:
+    return int((teacher.logits(x_NCHW).argmax(dim=1) == y_N).sum())

@@ -36,7 +36,7 @@ from compressor.metrics import (
 from compressor.performance_settings import PerformanceSettings
 from compressor.recipe import Recipe
 from compressor.run_directory import RunDirectory
-from compressor.schedules import Progress, rate_factor
+from compressor.schedules import Progress, num_steps_of, rate_factor
 from compressor.selection import measure_on_validation
 from compressor.student import Student
 
@@ -65,13 +65,7 @@ class Training:
     @property
     def num_steps(self) -> int:
         """Steps of the whole run."""
-        return num_steps_of(self.recipe, self.data)
-
-
-def num_steps_of(recipe: Recipe, data: TrainingData) -> int:
-    """Steps of a run; every epoch keeps its last, smaller batch."""
-    per_epoch = math.ceil(data.train.num_images / recipe.training.batch_size)
-    return per_epoch * recipe.training.epochs
+        return num_steps_of(self.recipe, num_images=self.data.train.num_images)
 
 
 def trained_tensors(student: Student, recipe: Recipe) -> TrainedTensors:
@@ -118,6 +112,8 @@ def fit(training: Training, state: TrainState) -> TrainState:
         if _is_validation_due(training, state):
             state = _select(training, state)
         _save(training, state)
+        if training.stop.signal_number is not None:
+            raise _interruption(training, state)
     best_epoch = state.best.epoch if state.best else state.epoch
     training.observe(TrainingEnded(step=state.step, best_epoch=best_epoch))
     return state

@@ -5,33 +5,40 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
-
-from compressor.attacks.build import selection_attack
+from compressor.architectures.build import find_architecture
+from compressor.attacks.pgd import PGD
 from compressor.checkpoint import TrainState, load_candidate, load_checkpoint
 from compressor.curves import write_curves
 from compressor.data import Batch, TrainingData, evaluation_batches, load_training_data
 from compressor.environment import describe_environment
 from compressor.errors import DataError
 from compressor.folding import EvaluationView
+from compressor.image_sources import open_source
 from compressor.interruption import StopWish
-from compressor.methods.build import build_method, resolve_temperature_rate
+from compressor.methods.build import build_method
 from compressor.metrics import Event, MetricsFile, Observer, TensorBoardFiles
 from compressor.networks import NetworkSpec, build_classifier, save_classifier
 from compressor.performance import Performance, resolve_performance
 from compressor.performance_settings import PerformanceSettings
-from compressor.recipe import BMTARDRecipe, Recipe, resolved_dict
-from compressor.report import Count
+from compressor.recipe import Recipe, resolved_dict
 from compressor.run_directory import RunDirectory, read_facts, write_json_atomically
+from compressor.run_facts import (
+    as_it_began,
+    refuse_changed_facts,
+    refuse_other_recipe,
+    run_facts,
+    with_absolute_paths,
+)
+from compressor.schedules import num_steps_of
 from compressor.student import Student
 from compressor.teacher_check import TeacherCheck, check_teacher, refuse_unfit
 from compressor.teachers import Teacher, load_teacher
-from compressor.trainer import Training, fit, num_steps_of, trained_tensors
+from compressor.trainer import Training, fit, trained_tensors
 from compressor.weights import sha256_of_file
 
 _TEACHER_CHECK_IMAGES = 512
+_TEACHER_CHECK_BATCH = 64
 _TEACHER_CHECK_STEPS = 5
 
 
@@ -63,33 +70,41 @@ def train(
     Raises:
         RobustCompressError: of the kind that fits; nothing existing is ever overwritten.
     """
-    performance = resolve_performance(request.settings)
+    find_architecture(recipe.student.architecture)
     run = RunDirectory.open(request.out) if request.resume else RunDirectory.vacant(request.out)
+    settings = as_it_began(run, request.settings) if request.resume else request.settings
+    performance = resolve_performance(settings)
     data = load_training_data(
         recipe.data,
         seed=recipe.seed,
-        settings=request.settings,
+        settings=settings,
         device=performance.device,
         download=request.download,
     )
     _refuse_single_image_batches(recipe, data)
+    _refuse_other_test_images(recipe, data, download=request.download)
     teachers = load_teachers(recipe, data, performance=performance)
-    checks = _check_teachers(teachers, recipe, data, performance=performance)
+    checks = _check_teachers(teachers, recipe, data)
     for check in checks:
         on_teacher(check)
         if not request.accept_teachers:
             refuse_unfit(check)
     spec = network_spec(recipe, data)
     student = Student(build_classifier(spec, seed=recipe.seed), performance)
+    facts = run_facts(recipe, data, checks)
     run.make()
     with run.locked():
-        if not request.resume:
+        if request.resume:
+            refuse_other_recipe(run, recipe)
+            refuse_changed_facts(run, facts)
+        else:
+            RunDirectory.vacant(run.path)  # another process may have been faster
             write_json_atomically(run.environment, describe_environment(performance))
-            write_json_atomically(run.facts, _facts(recipe, data, checks))
-            write_json_atomically(run.resolved_recipe, resolved_dict(recipe))
+            write_json_atomically(run.facts, facts)
+        write_json_atomically(run.resolved_recipe, resolved_dict(with_absolute_paths(recipe)))
         training = Training(
             recipe=recipe,
-            settings=request.settings,
+            settings=settings,
             run=run,
             data=data,
             student=student,
@@ -97,7 +112,7 @@ def train(
                 recipe.method,
                 threat=recipe.threat.build(),
                 teachers=teachers,
-                num_steps=num_steps_of(recipe, data),
+                num_steps=num_steps_of(recipe, num_images=data.train.num_images),
             ),
             tensors=trained_tensors(student, recipe),
             observe=observe,
@@ -138,24 +153,26 @@ def load_teachers(
 
 
 def _check_teachers(
-    teachers: Sequence[Teacher], recipe: Recipe, data: TrainingData, *, performance: Performance
+    teachers: Sequence[Teacher], recipe: Recipe, data: TrainingData
 ) -> list[TeacherCheck]:
-    attack = selection_attack(recipe.threat.build(), num_steps=_TEACHER_CHECK_STEPS)
-    attack = dataclasses.replace(attack, step_size_pixels=recipe.threat.epsilon_pixels / 2)
-    batch = _balanced_batch(data)
-    return [check_teacher(t, batch, attack=attack, performance=performance) for t in teachers]
-
-
-def _balanced_batch(data: TrainingData) -> Batch:
-    """Held-out images spread evenly over the split, which may be sorted by class."""
-    stride = max(1, data.validation.num_images // _TEACHER_CHECK_IMAGES)
-    batches = list(evaluation_batches(data.validation, batch_size=stride * 32))
-    return Batch(
-        x_NCHW=torch.cat([batch.x_NCHW[::stride] for batch in batches]),
-        y_N=torch.cat([batch.y_N[::stride] for batch in batches]),
-        index_N=torch.cat([batch.index_N[::stride] for batch in batches]),
-        keys_N=torch.cat([batch.keys_N[::stride] for batch in batches]),
+    attack = PGD(
+        threat=recipe.threat.build(),
+        step_size_pixels=recipe.threat.epsilon_pixels / 2,
+        num_steps=_TEACHER_CHECK_STEPS,
     )
+    return [check_teacher(t, _spread_batches(data), attack=attack) for t in teachers]
+
+
+def _spread_batches(data: TrainingData) -> Iterator[Batch]:
+    """Held-out images spread evenly over the split, which may be sorted by class."""
+    stride = -(-data.validation.num_images // _TEACHER_CHECK_IMAGES)
+    for batch in evaluation_batches(data.validation, batch_size=stride * _TEACHER_CHECK_BATCH):
+        yield Batch(
+            x_NCHW=batch.x_NCHW[::stride],
+            y_N=batch.y_N[::stride],
+            index_N=batch.index_N[::stride],
+            keys_N=batch.keys_N[::stride],
+        )
 
 
 def _fit_and_finish(training: Training, spec: NetworkSpec, *, resume: bool) -> None:
@@ -205,37 +222,22 @@ def _refuse_single_image_batches(recipe: Recipe, data: TrainingData) -> None:
             "set a smaller training.batch_size"
         )
     if num_images % batch_size == 1:
+        better = next(
+            size for size in range(batch_size + 1, num_images + 1) if num_images % size != 1
+        )
         raise DataError(
             f"{num_images} training images in batches of {batch_size} leave a last batch of one, "
-            f"which BatchNorm cannot train on; set training.batch_size = {batch_size + 1}"
+            f"which BatchNorm cannot train on; set training.batch_size = {better}"
         )
 
 
-def _facts(recipe: Recipe, data: TrainingData, checks: Sequence[TeacherCheck]) -> dict[str, Any]:
-    """What the report needs to know about a run, by content and without paths."""
-    train, validation = data.train, data.validation
-    num_steps = num_steps_of(recipe, data)
-    facts: dict[str, Any] = {
-        "class_names": list(train.class_names),
-        "image_shape": list(train.image_shape),
-        "training_content_sha256": train.content_sha256,
-        "num_training": train.num_images,
-        "num_validation": validation.num_images,
-        "validation_index_sha256": validation.index_sha256,
-        "num_steps": num_steps,
-        "teachers": [_teacher_facts(check) for check in checks],
-    }
-    if isinstance(recipe.method, BMTARDRecipe):
-        rate = resolve_temperature_rate(recipe.method, num_steps=num_steps)
-        facts["temperature_rate_per_step"] = rate
-    return facts
-
-
-def _teacher_facts(check: TeacherCheck) -> dict[str, Any]:
-    return {
-        "role": check.teacher.role,
-        "name": check.teacher.name,
-        "sha256": check.teacher.sha256,
-        "clean": Count.of(check.clean).model_dump(),
-        "robust": Count.of(check.robust).model_dump() if check.robust else None,
-    }
+def _refuse_other_test_images(recipe: Recipe, data: TrainingData, *, download: bool) -> None:
+    """Classes and size of the test images, before hours are spent; their pixels stay unseen."""
+    test = open_source(recipe.data, part="test", download=download)
+    train = data.train
+    if (test.class_names, test.image_shape) != (train.class_names, train.image_shape):
+        raise DataError(
+            f"the test images have {len(test.class_names)} classes and shape {test.image_shape}, "
+            f"those of training {len(train.class_names)} and {train.image_shape}; set "
+            "data.image_size and data.num_channels to convert all images"
+        )

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from compressor.attacks.protocol import Attack
 from compressor.data import TestSplit, evaluation_batches
+from compressor.errors import InvalidEvaluationError
 from compressor.folding import EvaluationView
 from compressor.networks import evaluation_mode
 from compressor.performance import Performance
@@ -56,7 +57,10 @@ def verify_network(
 
     The attacks search on the network with BatchNorm folded, the same function in eval mode;
     whether an image is fooled is decided by the network itself, in float32. A point outside the
-    threat model is a bug and raises; it never counts.
+    threat model never counts.
+
+    Raises:
+        InvalidEvaluationError: if an attack left its threat model.
     """
     exact = Performance(device=performance.device)
     network = exact.place_network(network)
@@ -109,8 +113,9 @@ def _refuse_outside(x_adv_NCHW: Tensor, x_NCHW: Tensor, attack: Attack) -> None:
     distance, low, high = extremes.tolist()
     is_inside = distance <= attack.threat.epsilon_pixels + slack and low >= 0 and high <= 1
     if not is_inside:  # not-a-number is not inside
-        raise AssertionError(
-            f"{attack} left its threat model: distance {distance:.6f}, pixels {low} to {high}"
+        raise InvalidEvaluationError(
+            f"{attack} left its threat model: distance {distance:.6f}, pixels {low} to {high}; "
+            "no number was written. Please report it"
         )
 
 

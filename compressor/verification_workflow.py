@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from compressor.attacks.build import evaluation_attacks
@@ -13,7 +14,7 @@ from compressor.checkpoint import selected_candidate
 from compressor.cost import Latency, count_multiply_adds, measure_latencies, on_cpu
 from compressor.data import TestSplit, load_test_split
 from compressor.environment import describe_environment
-from compressor.errors import RobustCompressError, RunError
+from compressor.errors import DataError, RobustCompressError
 from compressor.networks import NetworkSpec, count_parameters, load_trained
 from compressor.onnx_model import load_onnx_model
 from compressor.performance import Performance, resolve_performance
@@ -54,6 +55,7 @@ def verify_run(
     *,
     settings: PerformanceSettings,
     num_images: int | None = None,
+    data_source: str | None = None,
     observe: Callable[[VerificationProgress], None] = lambda _: None,
 ) -> RobustnessReport:
     """Attack the selected network of a run on test images and write report.json and report.md.
@@ -61,7 +63,9 @@ def verify_run(
     Args:
         run: a run whose training has ended.
         settings: the device; the number format is always float32 here.
-        num_images: a class-balanced part of the test images; None for all.
+        num_images: a class-balanced part of the test images, whose report has a name of its own;
+            None for all.
+        data_source: where the data lies now, if not where it was.
         observe: told after every batch.
 
     Raises:
@@ -72,11 +76,14 @@ def verify_run(
     performance = Performance(device=resolve_performance(settings).device)
     network, spec = load_trained(run)
     recipe, facts = load_recipe(run.resolved_recipe), read_facts(run)
-    selection = _selection(run)
+    if data_source is not None:
+        data = recipe.data.model_copy(update={"source": data_source})
+        recipe = recipe.model_copy(update={"data": data})
+    selection = _selection(run, facts)
     split = load_test_split(
         recipe.data, settings=settings, device=performance.device, num_images=num_images
     )
-    _refuse_other_classes(split, facts)
+    _refuse_other_images(split, facts)
     attacks = evaluation_attacks(recipe.threat.build())
     result = verify_network(network, attacks, split, performance=performance, observe=observe)
     verified = _Verified(
@@ -101,7 +108,9 @@ def verify_run(
         training_environment=read_json(run.environment),
         duration_seconds=time.perf_counter() - started_at_seconds,
     )
-    write_report(report, json_path=run.report_json, markdown_path=run.report_markdown)
+    write_report(
+        report, json_path=run.report_json(num_images), markdown_path=run.report_markdown(num_images)
+    )
     return report
 
 
@@ -119,12 +128,13 @@ def _attack_row(name: str, attack: Attack, result: VerificationResult) -> Attack
     )
 
 
-def _selection(run: RunDirectory) -> SelectionFacts:
+def _selection(run: RunDirectory, facts: dict[str, Any]) -> SelectionFacts:
     best = selected_candidate(run)
     total = best.num_validation
     return SelectionFacts(
         epoch=best.epoch,
         candidate=best.candidate,
+        attack=facts["selection_attack"],
         clean=Count.of(Proportion(num_correct=best.clean_correct, num_total=total)),
         robust=Count.of(Proportion(num_correct=best.robust_correct, num_total=total)),
     )
@@ -145,11 +155,13 @@ def _data_facts(verified: _Verified) -> DataFacts:
     )
 
 
-def _refuse_other_classes(split: TestSplit, facts: dict[str, Any]) -> None:
-    if list(split.class_names) != facts["class_names"]:
-        raise RunError(
-            f"the test images have the classes {list(split.class_names)[:5]}..., the run was "
-            f"trained on {facts['class_names'][:5]}...; give the data of the run"
+def _refuse_other_images(split: TestSplit, facts: dict[str, Any]) -> None:
+    have = (list(split.class_names), list(split.image_shape))
+    want = (facts["class_names"], facts["image_shape"])
+    if have != want:
+        raise DataError(
+            f"the test images have shape {have[1]} and the classes {have[0][:5]}..., the run was "
+            f"trained on {want[1]} and {want[0][:5]}...; give the data of the run with --data"
         )
 
 
@@ -160,13 +172,13 @@ def _cost_rows(run: RunDirectory, verified: _Verified) -> list[CostRow]:
     networks = {_unique(t, teachers): t.network for t in teachers if t.network is not None}
     student = f"student {verified.spec.architecture}"
     networks[student] = verified.network  # type: ignore[assignment]
-    num_bytes = {_unique(t, teachers): t.num_bytes for t in teachers}
-    num_bytes[student] = run.model.stat().st_size
+    num_bytes = {name: _state_bytes(net) for name, net in networks.items() if net is not None}
+    num_bytes |= {_unique(t, teachers): t.num_bytes for t in teachers if t.network is None}
     models: dict[str, Callable[[Any], Any]] = {n: on_cpu(net) for n, net in networks.items() if net}
     models |= {_unique(t, teachers): t.answer for t in teachers if t.network is None}
     onnx = run.onnx("fp32")
-    if onnx.is_file():
-        models[onnx.name] = load_onnx_model(onnx)
+    if onnx.is_file() and _is_export_of(run, verified.facts["model_sha256"]):
+        models[onnx.name] = load_onnx_model(onnx, num_threads=torch.get_num_threads())
         num_bytes[onnx.name] = onnx.stat().st_size
     latencies = measure_latencies(models, shape)
     rows = []
@@ -174,6 +186,15 @@ def _cost_rows(run: RunDirectory, verified: _Verified) -> list[CostRow]:
         network = networks.get(name)
         rows.append(_cost_row(name, latency, network, shape=shape, num_bytes=num_bytes[name]))
     return rows
+
+
+def _state_bytes(network: nn.Module) -> int:
+    """Of parameters and buffers, whatever else a file of weights may hold."""
+    return sum(t.numel() * t.element_size() for t in network.state_dict().values())
+
+
+def _is_export_of(run: RunDirectory, model_sha256: str) -> bool:
+    return bool(read_json(run.onnx_verification("fp32"))["source_sha256"] == model_sha256)
 
 
 def _cost_row(
@@ -196,19 +217,20 @@ def _cost_row(
 
 
 def _found_teachers(verified: _Verified) -> list[Teacher]:
-    """Costs are a courtesy: a teacher that has moved since training leaves its row out."""
+    """A teacher that has moved or changed since training has no row; its accuracy has one."""
+    known = {row["sha256"] for row in verified.facts["teachers"]}
     found = []
     for table in verified.recipe.teachers:
         try:
-            found.append(
-                load_teacher(
-                    table,
-                    class_names=verified.split.class_names,
-                    image_shape=verified.spec.image_shape,
-                )
+            teacher = load_teacher(
+                table,
+                class_names=verified.split.class_names,
+                image_shape=verified.spec.image_shape,
             )
         except RobustCompressError:
             continue
+        if teacher.sha256 in known:
+            found.append(teacher)
     return found
 
 

@@ -81,8 +81,9 @@ def _run_seed(seed: int, out: Path, output: Output) -> tuple[Reports, ExportedMo
     runs: dict[str, RunDirectory] = {}
     reports: Reports = {}
     out.parent.mkdir(parents=True, exist_ok=True)
-    if out.exists():
-        shutil.rmtree(out)  # the demo's own folder, made anew at each call
+    for folder in out.glob("*"):
+        RunDirectory.open(folder)  # refuses what is not a run, before anything is removed
+    shutil.rmtree(out, ignore_errors=True)  # the demo's own runs, made anew at each call
     exported = None
     for name in MODELS:
         with output.console.status(f"seed {seed}: {name}"):
@@ -169,7 +170,7 @@ def _markdown(
     parts = [
         "# The demo over several seeds",
         f"Accuracy in %, {one.norm} {format_pixels(one.epsilon_pixels)}, n = {one.clean.num_total} "
-        "test images in every cell of a seed. The split is the same for all seeds. W-Robust is "
+        "test images, the same for all seeds, in every cell of a seed. W-Robust is "
         "the mean of clean and worst case, and the worst case counts an image only if it stays "
         "correct under every attack.",
     ]

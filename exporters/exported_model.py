@@ -6,15 +6,12 @@ from typing import Literal
 
 from compressor.proportions import Proportion
 
-LABEL_TOLERANCE_MARGIN = 1e-3
-"""Logit margin below which two correct implementations may name different labels."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class ExportVerification:
     """The answers of a file beside those of its source, on the same images."""
 
-    status: Literal["verified", "failed", "unverified"]
+    status: Literal["verified", "failed"]
     reason: str
     clean_agreement: Proportion
     """Same label on held-out images."""

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from compressor.attacks.protocol import Attack
 from compressor.data import Batch
-from compressor.losses import cross_entropy, kl_to_probabilities
+from compressor.losses import cross_entropy, kl_divergence
 from compressor.methods.protocol import NoState, Stateless, StepResult, read_back
 from compressor.student import Student
 
@@ -33,7 +33,7 @@ class TRADES(Stateless):
         clean_logits_NK = student.logits(batch.x_NCHW)
         adv_logits_NK = student.logits(x_adv)
         clean_loss = cross_entropy(clean_logits_NK, batch.y_N).mean()
-        robust_loss = kl_to_probabilities(adv_logits_NK, F.softmax(clean_logits_NK, dim=1)).mean()
+        robust_loss = kl_divergence(clean_logits_NK, adv_logits_NK).mean()
         clean_value, robust_value = read_back(clean_loss, robust_loss)
         logged = {
             "loss_nats": clean_value + self.beta * robust_value,

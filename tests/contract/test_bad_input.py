@@ -357,7 +357,7 @@ RECIPES = {
         edited('size_pixels = "1/255"', 'size_pixels = "0.1/255"'),
         CHECK,
         "method.attack: 1 steps of 0.0003922 reach only 0.0003922 of epsilon 0.003922",
-        "raise",
+        "Raise num_steps",
     ),
     "name with a space": row(edited('"good"', '"my run"'), CHECK, "name:", "'my run'", "letters"),
     "name with a path": row(edited('"good"', '"../../x"'), CHECK, "'../../x'", "letters"),

@@ -56,8 +56,8 @@ OPTIONS = {
     "": "--version --help --install-completion --show-completion",
     "distill": f"""RECIPE_PATH --data --clean-teacher --robust-teacher --student {TRAINING}
         --accept-teachers --verify --no-verify --export --no-export""",
-    "verify": "RUN_PATH --samples --device --threads --json --help",
-    "export": "RUN_PATH --format --json --help",
+    "verify": "RUN_PATH --samples --data --device --threads --json --help",
+    "export": "RUN_PATH --format --data --json --help",
     "doctor": "--json --help",
     "teacher": "--help",
     "teacher train": f"RECIPE_PATH --role --data {TRAINING}",

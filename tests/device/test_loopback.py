@@ -392,7 +392,7 @@ def do_everything(run, trained):
         training = make_training(run, make_recipe(method), data, teachers=teachers, network=trained)
         do_steps(run, training, name=method, num_steps=NUM_STEPS)
     for name in ARCHITECTURES:
-        recipe, network = make_recipe("bmtard", num_steps=2), make_network(name, width=1 / 8)
+        recipe, network = make_recipe("bmtard", num_steps=4), make_network(name, width=1 / 8)
         teachers = make_teachers(trained, run.performance)
         training = make_training(run, recipe, data, teachers=teachers, network=network)
         do_steps(run, training, name=name, num_steps=1)

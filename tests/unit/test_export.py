@@ -71,7 +71,9 @@ def test_export_twice_gives_the_same_bytes(run):
 
 
 def test_a_file_that_answers_otherwise_is_set_aside(run, monkeypatch):
-    """Planted defect: the normalisation is lost on the way."""
+    """Planted defect: the normalisation is lost on the way; the earlier file stays."""
+    verified = export_run(run, settings=SETTINGS)
+    good = verified.path.read_bytes()
 
     def forget_normalisation(network, path, *, image_shape, metadata):
         spec = NetworkSpec(architecture="tiny", num_classes=10, image_shape=image_shape)
@@ -83,9 +85,8 @@ def test_a_file_that_answers_otherwise_is_set_aside(run, monkeypatch):
     with pytest.raises(ArtefactMismatchError, match="does not answer as its source") as caught:
         export_run(run, settings=SETTINGS)
     assert caught.value.exit_code == 5
-    assert not run.onnx("fp32").exists()
-    table = json.loads(run.onnx_verification("fp32").read_text())
-    assert table["verification"]["status"] == "failed"
+    assert run.onnx("fp32").read_bytes() == good
+    assert json.loads(run.onnx_verification("fp32").read_text())["sha256"] == verified.sha256
 
 
 def test_nan_answers_fail():

@@ -69,7 +69,11 @@ def report():
             test_index_sha256="f" * 64,
         ),
         selection=SelectionFacts(
-            epoch=7, candidate="average", clean=count(90, 103), robust=count(55, 103)
+            epoch=7,
+            candidate="average",
+            attack="PGD, 20 steps of 0.003",
+            clean=count(90, 103),
+            robust=count(55, 103),
         ),
         teachers=(
             TeacherRow(

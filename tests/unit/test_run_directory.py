@@ -63,6 +63,12 @@ def test_every_name_lies_inside_the_run(tmp_path):
     run = RunDirectory(tmp_path)
     names = [name for name, value in vars(RunDirectory).items() if isinstance(value, property)]
     paths = [getattr(run, name) for name in names] + [run.onnx("fp32"), run.onnx_verification("x")]
+    paths += [
+        run.report_json(),
+        run.report_json(100),
+        run.report_markdown(),
+        run.report_markdown(9),
+    ]
     assert len(set(paths)) == len(paths) > 10
     assert all(path.is_relative_to(tmp_path) for path in paths)
 

@@ -6,13 +6,11 @@ import torch
 from compressor.attacks.pgd import PGD
 from compressor.data import Batch
 from compressor.errors import TeacherError
-from compressor.performance import Performance
 from compressor.randomness import sample_keys
 from compressor.teacher_check import check_teacher, refuse_unfit
 from compressor.teachers import Teacher
 from compressor.threat import ThreatModel
 
-CPU = Performance(device=torch.device("cpu"))
 ATTACK = PGD(threat=ThreatModel(epsilon_pixels=0.1), step_size_pixels=0.05, num_steps=5)
 
 
@@ -50,7 +48,7 @@ def make_batch(gap):
 
 
 def check(teacher, batch):
-    return check_teacher(teacher, batch, attack=ATTACK, performance=CPU)
+    return check_teacher(teacher, [batch], attack=ATTACK)
 
 
 def test_a_good_robust_teacher_passes():
