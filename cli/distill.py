@@ -13,10 +13,12 @@ from cli.options import (
     DtypeOption,
     JsonOption,
     KeepOption,
+    MemoryOption,
     OutOption,
     ResumeOption,
     SetOption,
     ThreadsOption,
+    WorkersOption,
 )
 from cli.output import Output
 
@@ -50,6 +52,8 @@ def distill(
     threads: ThreadsOption = None,
     checkpoint_minutes: CheckpointOption = 10.0,
     keep_every: KeepOption = None,
+    memory_mib: MemoryOption = 4096,
+    workers: WorkersOption = None,
     download: DownloadOption = False,
     accept_teachers: AcceptOption = False,
     do_verify: Annotated[bool, typer.Option("--verify/--no-verify")] = True,
@@ -78,6 +82,8 @@ def distill(
         num_threads=threads,
         checkpoint_minutes=checkpoint_minutes,
         keep_every=keep_every,
+        memory_mib=memory_mib,
+        num_workers=workers,
     )
     named = NamedOptions(
         data=data, clean_teacher=clean_teacher, robust_teacher=robust_teacher, student=student

@@ -27,6 +27,13 @@ ThreadsOption = Annotated[
     int | None, typer.Option("--threads", min=1, help="CPU threads [default: all cores].")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+MemoryOption = Annotated[
+    int,
+    typer.Option("--memory-mib", min=1, help="Data sets larger than this are streamed from disk."),
+]
+WorkersOption = Annotated[
+    int | None, typer.Option("--workers", min=1, help="Processes that decode [default: all cores].")
+]
 ResumeOption = Annotated[
     bool, typer.Option("--resume", help="Continue a run that was interrupted.")
 ]

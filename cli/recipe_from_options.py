@@ -26,6 +26,8 @@ class NamedOptions:
     clean_teacher: str | None = None
     robust_teacher: str | None = None
     student: str | None = None
+    method: str | None = None
+    """Taken where the recipe names none."""
 
     @property
     def given(self) -> list[str]:
@@ -87,6 +89,8 @@ def _put_named(table: dict[str, Any], named: NamedOptions) -> None:
         _subtable(table, "data")["source"] = named.data
     if named.student is not None:
         _subtable(table, "student")["architecture"] = named.student
+    if named.method is not None:
+        _subtable(table, "method").setdefault("name", named.method)
     for role, source in (("clean", named.clean_teacher), ("robust", named.robust_teacher)):
         if source is not None:
             _put_teacher(table, role, source)

@@ -12,10 +12,12 @@ from cli.options import (
     DtypeOption,
     JsonOption,
     KeepOption,
+    MemoryOption,
     OutOption,
     ResumeOption,
     SetOption,
     ThreadsOption,
+    WorkersOption,
 )
 from cli.output import Output
 
@@ -28,7 +30,7 @@ def train_teacher(
     ],
     role: Annotated[
         str | None,
-        typer.Option(help="clean: cross-entropy; robust: PGD-AT, or TRADES if the recipe says so."),
+        typer.Option(help="clean: cross-entropy; robust: PGD-AT, unless the recipe says TRADES."),
     ] = None,
     data: Annotated[str | None, typer.Option(help="Where the images are.")] = None,
     out: OutOption = None,
@@ -39,6 +41,8 @@ def train_teacher(
     threads: ThreadsOption = None,
     checkpoint_minutes: CheckpointOption = 10.0,
     keep_every: KeepOption = None,
+    memory_mib: MemoryOption = 4096,
+    workers: WorkersOption = None,
     download: DownloadOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -54,8 +58,9 @@ def train_teacher(
     if role is not None and role not in _METHODS_OF_ROLE:
         raise UsageError(f"--role {role!r} is not clean or robust")
     output = Output(as_json=as_json)
+    named = NamedOptions(data=data, method=_METHODS_OF_ROLE[role][0] if role else None)
     recipe, out = recipe_from_options(
-        recipe_path, NamedOptions(data=data), overrides=overrides or [], out=out, resume=resume
+        recipe_path, named, overrides=overrides or [], out=out, resume=resume
     )
     _refuse_wrong_method(recipe.method.name, role)
     options = TrainingOptions(
@@ -67,6 +72,8 @@ def train_teacher(
             num_threads=threads,
             checkpoint_minutes=checkpoint_minutes,
             keep_every=keep_every,
+            memory_mib=memory_mib,
+            num_workers=workers,
         ),
         download=download,
         accept_teachers=False,

@@ -37,6 +37,8 @@ def performance_settings(
     num_threads: int | None,
     checkpoint_minutes: float = 10.0,
     keep_every: int | None = None,
+    memory_mib: int = 4096,
+    num_workers: int | None = None,
 ) -> "PerformanceSettings":
     """Settings from options.
 
@@ -55,6 +57,8 @@ def performance_settings(
         num_threads=num_threads,
         checkpoint_every_minutes=checkpoint_minutes,
         keep_every_epochs=keep_every,
+        memory_budget_mib=memory_mib,
+        num_workers=num_workers,
     )
 
 
@@ -87,6 +91,8 @@ def _resume_command(out: Path, options: TrainingOptions) -> str:
         "--dtype": settings.training_dtype if settings.training_dtype != "auto" else None,
         "--threads": settings.num_threads,
         "--keep-every": settings.keep_every_epochs,
+        "--memory-mib": settings.memory_budget_mib if settings.memory_budget_mib != 4096 else None,
+        "--workers": settings.num_workers,
     }
     words = [w for name, value in given.items() if value for w in (name, str(value))]
     flags = {"--download": options.download, "--accept-teachers": options.accept_teachers}

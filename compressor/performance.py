@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from compressor.errors import DeviceError
 from compressor.performance_settings import PerformanceSettings
@@ -31,12 +31,6 @@ class Performance:
     def place_network(self, network: nn.Module) -> nn.Module:
         """The same module on the device, its 4-D weights in the layout convolutions like."""
         return network.to(device=self.device).to(memory_format=torch.channels_last)
-
-    def place_images(self, x_NCHW: Tensor) -> Tensor:
-        """The images on the device in the layout convolutions like."""
-        return x_NCHW.to(self.device, non_blocking=True).contiguous(
-            memory_format=torch.channels_last
-        )
 
 
 def resolve_performance(settings: PerformanceSettings) -> Performance:

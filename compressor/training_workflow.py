@@ -11,7 +11,7 @@ from compressor.attacks.pgd import PGD
 from compressor.checkpoint import TrainState, load_candidate, load_checkpoint
 from compressor.curves import write_curves
 from compressor.data import Batch, TrainingData, evaluation_batches, load_training_data
-from compressor.environment import describe_environment
+from compressor.environment import describe_environment, settings_dict
 from compressor.errors import DataError
 from compressor.folding import EvaluationView
 from compressor.image_sources import open_source
@@ -99,7 +99,8 @@ def train(
             refuse_changed_facts(run, facts)
         else:
             RunDirectory.vacant(run.path)  # another process may have been faster
-            write_json_atomically(run.environment, describe_environment(performance))
+            environment = describe_environment(performance) | {"settings": settings_dict(settings)}
+            write_json_atomically(run.environment, environment)
             write_json_atomically(run.facts, facts)
         write_json_atomically(run.resolved_recipe, resolved_dict(with_absolute_paths(recipe)))
         training = Training(

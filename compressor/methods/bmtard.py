@@ -33,8 +33,9 @@ class BMTARD:
     Source: Zhao et al., "Mitigating accuracy-robustness trade-off via balanced multi-teacher
     adversarial distillation", TPAMI 46(12), 2024, as in the authors' released script.
     Deviations: the balancers' state is part of the checkpoint (there it is lost), the best
-    epoch is chosen on held-out training images (there on the test set), and in runs shorter
-    than 300 epochs the step of the temperatures grows so that the climb takes the same share.
+    epoch is chosen on held-out training images (there on the test set), and in runs of
+    fewer than 117,300 steps the step of the temperatures grows, so that the climb takes the same
+    share.
     The released element mean over N x K is `loss_scale` x the batch mean, 0.1 at ten classes.
     """
 

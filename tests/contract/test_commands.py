@@ -51,7 +51,7 @@ source = "teacher.safetensors"
 """
 
 TRAINING = """--set --out --resume --device --dtype --threads --checkpoint-minutes --keep-every
-    --download --json --help"""
+    --memory-mib --workers --download --json --help"""
 OPTIONS = {
     "": "--version --help --install-completion --show-completion",
     "distill": f"""RECIPE_PATH --data --clean-teacher --robust-teacher --student {TRAINING}
