@@ -2,17 +2,24 @@
 
 import dataclasses
 import json
+import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import torch
 
-from compressor.errors import InterruptedRunError, NonFiniteLossError, TerminatedRunError
+from compressor.errors import (
+    CheckpointError,
+    InterruptedRunError,
+    NonFiniteLossError,
+    TerminatedRunError,
+)
 from compressor.interruption import StopWish
 from compressor.metrics import CandidateValidated, StepDone, read_metrics
 from compressor.networks import NetworkSpec, build_classifier, save_classifier
 from compressor.performance_settings import PerformanceSettings
-from compressor.recipe_file import parse_recipe
+from compressor.recipe_file import load_recipe, parse_recipe
 from compressor.run_directory import RunDirectory
 from compressor.training_workflow import TrainingRequest, train
 
@@ -99,8 +106,9 @@ def test_sigterm_ends_with_its_own_code(make_recipe, tmp_path):
     assert caught.value.exit_code == 143
 
 
-def test_non_finite_loss_stops_before_the_step(make_recipe, tmp_path):
-    recipe = make_recipe("cross_entropy", learning_rate=1e30, epochs=4)
+@pytest.mark.parametrize("method", METHODS)
+def test_non_finite_loss_stops_before_the_step(method, make_recipe, tmp_path):
+    recipe = make_recipe(method, learning_rate=1e30, epochs=4)
     with pytest.raises(NonFiniteLossError, match="not finite") as caught:
         run(recipe, tmp_path / "run")
     message = str(caught.value)
@@ -158,3 +166,37 @@ def test_a_second_run_in_the_same_folder_is_refused_while_the_first_holds_it(tmp
     folder = RunDirectory(tmp_path)
     with folder.locked(), pytest.raises(RunError, match="another process"), folder.locked():
         pass
+
+
+def test_a_run_goes_on_with_its_own_teachers(make_recipe, tmp_path):
+    recipe = make_recipe("bmtard")
+    run(recipe, tmp_path / "run")
+    spec = NetworkSpec(architecture="tiny", num_classes=10, image_shape=(1, 8, 8))
+    other = tmp_path / "other.safetensors"
+    save_classifier(other, build_classifier(spec, seed=2), spec, {})
+    moved = [t.model_copy(update={"source": str(other)}) for t in recipe.teachers]
+    with pytest.raises(CheckpointError, match="its teachers were"):
+        run(recipe.model_copy(update={"teachers": tuple(moved)}), tmp_path / "run", resume=True)
+
+
+def test_a_run_goes_on_in_its_own_number_format(make_recipe, tmp_path):
+    recipe = make_recipe("cross_entropy")
+    run(recipe, tmp_path / "run")
+    settings = SETTINGS.model_copy(update={"training_dtype": "bfloat16"})
+    request = TrainingRequest(out=tmp_path / "run", settings=settings, resume=True)
+    with pytest.raises(CheckpointError, match="is trained in float32, not in bfloat16"):
+        train(recipe, request)
+    request = TrainingRequest(
+        out=tmp_path / "run", settings=PerformanceSettings(num_threads=1), resume=True
+    )
+    train(recipe, request)
+
+
+def test_paths_in_a_run_work_from_any_folder(make_recipe, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe = make_recipe("bmtard")
+    teachers = [t.model_copy(update={"source": "teacher.safetensors"}) for t in recipe.teachers]
+    shutil.copy(recipe.teachers[0].source, "teacher.safetensors")
+    done = run(recipe.model_copy(update={"teachers": tuple(teachers)}), Path("run"))
+    stored = load_recipe(done.resolved_recipe)
+    assert [t.source for t in stored.teachers] == [str(tmp_path / "teacher.safetensors")] * 2
