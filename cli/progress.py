@@ -82,6 +82,14 @@ class _LiveTraining:
             self._output.say(_validation_line(event))
             if self._total is not None:
                 self._progress.update(self._total, note=_short_validation(event))
+        elif isinstance(event, metrics.TrainingEnded):
+            self._finish(event.step)
+
+    def _finish(self, num_steps: int) -> None:
+        """Steps are told in tens, so the bars may be a few short."""
+        if self._total is not None and self._epoch is not None:
+            self._progress.update(self._total, completed=num_steps)
+            self._progress.update(self._epoch, completed=self._steps_per_epoch, note="done")
 
     def _start(self, event: "TrainingStarted") -> None:
         self._steps_per_epoch = event.num_steps // event.num_epochs
