@@ -8,6 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+RATIO_GUARD = 1e-12
+"""Added to the denominators of the logit ratios by the authors of AutoAttack."""
+
 LOG_GUARD = 1e-5
 """Added to the teacher's probabilities inside the logarithm by the authors of RSLAD, MTARD and
 B-MTARD. It shifts loss values and entropies and has no effect on gradients."""
@@ -27,6 +30,40 @@ def margin(logits_NK: Tensor, y_N: Tensor) -> Tensor:
     label_N = logits_NK.gather(1, y_N[:, None])[:, 0]
     wrong_NK = logits_NK.scatter(1, y_N[:, None], -torch.inf)
     return wrong_NK.amax(dim=1) - label_N
+
+
+def dlr(logits_NK: Tensor, y_N: Tensor) -> Tensor:
+    """Difference of logits ratio, shape [N]; above 0 where fooled, and blind to logit scale.
+
+    With fewer than three classes the ratio does not exist, and it is the margin.
+    Source: Croce and Hein, "Reliable evaluation of adversarial robustness with an ensemble of
+    diverse parameter-free attacks", ICML 2020, equation 6.
+    """
+    if logits_NK.shape[1] < 3:
+        return margin(logits_NK, y_N)
+    sorted_NK = logits_NK.topk(3, dim=1).values
+    label_N = logits_NK.gather(1, y_N[:, None])[:, 0]
+    is_top_N = logits_NK.argmax(dim=1) == y_N
+    rival_N = torch.where(is_top_N, sorted_NK[:, 1], sorted_NK[:, 0])
+    return -(label_N - rival_N) / (sorted_NK[:, 0] - sorted_NK[:, 2] + RATIO_GUARD)
+
+
+def targeted_dlr(logits_NK: Tensor, pairs_N2: Tensor) -> Tensor:
+    """Targeted difference of logits ratio, shape [N]: rises as the target overtakes the label.
+
+    Args:
+        logits_NK: logits.
+        pairs_N2: label and target of each example.
+
+    With fewer than four classes it is the plain difference of the two logits.
+    Source: as `dlr`, equation 7.
+    """
+    label_target_N2 = logits_NK.gather(1, pairs_N2)
+    gap_N = label_target_N2[:, 1] - label_target_N2[:, 0]
+    if logits_NK.shape[1] < 4:
+        return gap_N
+    top_N4 = logits_NK.topk(4, dim=1).values
+    return gap_N / (top_N4[:, 0] - 0.5 * (top_N4[:, 2] + top_N4[:, 3]) + RATIO_GUARD)
 
 
 def kl_to_probabilities(logits_NK: Tensor, p_NK: Tensor) -> Tensor:

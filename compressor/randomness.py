@@ -32,12 +32,21 @@ class Stream(IntEnum):
     ATTACK_START = 5
     HOLD_OUT = 6
     SUBSET = 7
+    ATTACK_RADIUS = 8
 
 
 def sample_keys(index_N: Tensor, *, seed: int, epoch: int = 0) -> Tensor:
     """Keys of samples, int64 [N], on the device of `index_N` (int64 positions in the split)."""
     base = torch.full_like(index_N, seed)
     return _mix(_mix(_mix(base) + epoch) + index_N)
+
+
+def child_keys(keys_N: Tensor, number: int) -> Tensor:
+    """Keys of the same samples for the `number`-th purpose, int64 [N]; independent of the others.
+
+    For where purposes are counted (attack, target, restart, draw) instead of named.
+    """
+    return _mix(_mix(keys_N) + number)
 
 
 def uniform(keys_N: Tensor, *, stream: int, shape: Sequence[int] = ()) -> Tensor:

@@ -7,27 +7,60 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from torch import Tensor
 
-Norm = Literal["linf"]
+Norm = Literal["linf", "l2"]
+
+_TINY = 1e-12  # keeps a direction of length 0 at 0; the value of the released AutoAttack
 
 
 @dataclass(frozen=True, kw_only=True)
 class ThreatModel:
-    """All images within `epsilon_pixels` of the original, pixels in [0, 1]."""
+    """All images within `epsilon_pixels` of the original, pixels in [0, 1].
+
+    The radius is measured over all pixels and channels: the largest change (`linf`), or the
+    square root of the sum of squares (`l2`).
+    """
 
     norm: Norm = "linf"
     epsilon_pixels: float
 
     def project(self, x_adv_NCHW: "Tensor", x_NCHW: "Tensor") -> "Tensor":
-        """The nearest allowed image: first into the ball around `x_NCHW`, then into [0, 1]."""
+        """First the nearest point of the ball around `x_NCHW`, then of [0, 1]."""
         return self.project_to_ball(x_adv_NCHW, x_NCHW).clamp(0, 1)
 
     def project_to_ball(self, x_adv_NCHW: "Tensor", x_NCHW: "Tensor") -> "Tensor":
         """The nearest point of the ball; it may lie outside [0, 1]."""
         epsilon = self.epsilon_pixels
-        return x_adv_NCHW.clamp(x_NCHW - epsilon, x_NCHW + epsilon)
+        if self.norm == "linf":
+            return x_adv_NCHW.clamp(x_NCHW - epsilon, x_NCHW + epsilon)
+        change = x_adv_NCHW - x_NCHW
+        length = self.length(change).view(-1, 1, 1, 1)
+        return x_NCHW + change / (length + _TINY) * length.clamp(max=epsilon)
+
+    def steepest(self, gradient_NCHW: "Tensor") -> "Tensor":
+        """The step of length 1 in this norm along which a linear function rises most."""
+        if self.norm == "linf":
+            return gradient_NCHW.sign()
+        return gradient_NCHW / (self.length(gradient_NCHW).view(-1, 1, 1, 1) + _TINY)
+
+    def length(self, change_NCHW: "Tensor") -> "Tensor":
+        """The norm of each change, [N], in pixel units."""
+        flat = change_NCHW.flatten(1)
+        return flat.abs().amax(dim=1) if self.norm == "linf" else (flat**2).sum(dim=1).sqrt()
+
+    def contains(self, x_adv_NCHW: "Tensor", x_NCHW: "Tensor") -> "Tensor":
+        """Whether each image is allowed, bool [N], with room for float32 rounding.
+
+        1e-6 in L-infinity, a relative 1e-5 in L2. Not-a-number is outside.
+        """
+        slack = 1e-6 if self.norm == "linf" else 1e-5 * self.epsilon_pixels
+        is_near = self.length(x_adv_NCHW - x_NCHW) <= self.epsilon_pixels + slack
+        flat = x_adv_NCHW.flatten(1)
+        return is_near & (flat.amin(dim=1) >= 0) & (flat.amax(dim=1) <= 1)
 
     def __str__(self) -> str:
-        """For people: `linf 8/255`."""
+        """For people: `linf 8/255`, `l2 0.5`."""
+        if self.norm == "l2":
+            return f"l2 {self.epsilon_pixels:g}"
         return f"{self.norm} {format_pixels(self.epsilon_pixels)}"
 
 

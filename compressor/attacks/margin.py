@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from compressor.attacks.pgd import input_gradient
+from compressor.attacks.gradients import input_gradient
 from compressor.attacks.protocol import Model
 from compressor.losses import margin
 from compressor.threat import ThreatModel
@@ -14,7 +14,7 @@ CONFIDENCE_LOGITS = 50.0
 
 @dataclass(frozen=True, kw_only=True)
 class MarginPGD:
-    """Signed gradient steps on the margin loss with confidence 50, from the clean image.
+    """Steepest steps on the margin loss with confidence 50, from the clean image.
 
     Source: the evaluation script of CIARD (ICCV 2025), the nearest public form of what the
     B-MTARD paper calls CW. As there, each iterate is projected into the ball, and only the last
@@ -32,7 +32,7 @@ class MarginPGD:
         for _ in range(self.num_steps):
             gradient = input_gradient(model, x_adv, targets, objective=_confident_margin)
             x_adv = self.threat.project_to_ball(
-                x_adv + self.step_size_pixels * gradient.sign(), x_NCHW
+                x_adv + self.step_size_pixels * self.threat.steepest(gradient), x_NCHW
             )
         return x_adv.clamp(0, 1)
 

@@ -6,8 +6,9 @@ from torch import nn
 from torch.testing import assert_close
 
 from compressor.attacks import pgd
+from compressor.attacks.gradients import input_gradient
 from compressor.attacks.margin import CONFIDENCE_LOGITS, MarginPGD
-from compressor.attacks.pgd import PGD, input_gradient
+from compressor.attacks.pgd import PGD
 from compressor.losses import cross_entropy
 from compressor.threat import ThreatModel
 
