@@ -41,10 +41,11 @@ def sample_keys(index_N: Tensor, *, seed: int, epoch: int = 0) -> Tensor:
     return _mix(_mix(_mix(base) + epoch) + index_N)
 
 
-def child_keys(keys_N: Tensor, number: int) -> Tensor:
+def child_keys(keys_N: Tensor, number: int | Tensor) -> Tensor:
     """Keys of the same samples for the `number`-th purpose, int64 [N]; independent of the others.
 
-    For where purposes are counted (attack, target, restart, draw) instead of named.
+    For where purposes are counted (attack, target, restart, draw) instead of named. Each sample
+    may have a number of its own, int64 [N].
     """
     return _mix(_mix(keys_N) + number)
 

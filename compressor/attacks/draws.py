@@ -17,6 +17,8 @@ from torch import Tensor
 
 from compressor import randomness
 
+_BRANCHES = -1  # no draw has this number
+
 
 class Draws(Protocol):
     """A sequence of random draws for N samples."""
@@ -32,6 +34,9 @@ class Draws(Protocol):
 
     def rows(self, index_M: Tensor) -> "Draws":
         """The same sequence, going on for these samples only."""
+
+    def branch(self, index_M: Tensor, number_M: Tensor) -> "Draws":
+        """For each of these samples, the sequence with this number."""
 
 
 @dataclass(kw_only=True)
@@ -56,6 +61,11 @@ class KeyedDraws:
     def rows(self, index_M: Tensor) -> "KeyedDraws":
         """See `Draws`."""
         return KeyedDraws(keys_N=self.keys_N[index_M], num_drawn=self.num_drawn)
+
+    def branch(self, index_M: Tensor, number_M: Tensor) -> "KeyedDraws":
+        """New sequences, independent of this one and of how far it has come."""
+        keys_N = randomness.child_keys(self.keys_N, _BRANCHES)
+        return KeyedDraws(keys_N=randomness.child_keys(keys_N[index_M], number_M))
 
     def _next_keys(self) -> Tensor:
         self.num_drawn += 1
@@ -88,6 +98,11 @@ class GeneratorDraws:
         return GeneratorDraws(
             generator=self.generator, num_samples=len(index_M), device=self.device
         )
+
+    def branch(self, index_M: Tensor, number_M: Tensor) -> "GeneratorDraws":
+        """One generator has one sequence."""
+        del number_M
+        return self.rows(index_M)
 
 
 def seeded_draws(seed: int, like_NCHW: Tensor) -> GeneratorDraws:
