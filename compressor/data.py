@@ -23,6 +23,7 @@ from compressor.image_storage import ImageStorage, store_images
 from compressor.performance_settings import PerformanceSettings
 from compressor.randomness import Stream, permutation, sample_keys, uniform
 from compressor.recipe import DataRecipe
+from compressor.sample_order import balanced_order
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -113,7 +114,7 @@ def load_training_data(
     labels_N = torch.tensor(source.labels)
     _check_validation_size(source, labels_N, recipe.validation_size)
     keys_N = sample_keys(torch.arange(len(labels_N)), seed=seed)
-    order_N = _balanced_order(labels_N, uniform(keys_N, stream=Stream.HOLD_OUT))
+    order_N = balanced_order(labels_N, uniform(keys_N, stream=Stream.HOLD_OUT))
     held_out, rest = order_N.tensor_split([recipe.validation_size])
     storage = store_images(source, settings=settings, device=device)
 
@@ -152,7 +153,7 @@ def load_test_split(
             f"ask for 1 to {len(labels_N)}"
         )
     keys_N = sample_keys(torch.arange(len(labels_N)), seed=seed)
-    chosen = _balanced_order(labels_N, uniform(keys_N, stream=Stream.SUBSET))[:num_images]
+    chosen = balanced_order(labels_N, uniform(keys_N, stream=Stream.SUBSET))[:num_images]
     storage = store_images(source, settings=settings, device=device)
     return _split(TestSplit, source, storage, name="test", index_N=chosen, device=device)
 
@@ -193,16 +194,22 @@ def training_batches(
 
 
 def evaluation_batches(
-    split: TrainingSplit | TestSplit, *, batch_size: int, seed: int = 0
+    split: TrainingSplit | TestSplit,
+    *,
+    batch_size: int,
+    seed: int = 0,
+    order_N: Tensor | None = None,
 ) -> Iterator[Batch]:
-    """All images in order, as they are; the last batch may be smaller.
+    """Images as they are; the last batch may be smaller.
 
     Args:
         split: What to measure on.
         batch_size: Images in each batch but the last.
         seed: Decides the keys of the batches, from which attacks draw.
+        order_N: Which places of the split, in this order, int64; None for all as they lie.
     """
-    order_N = torch.arange(split.num_images, device=split.index_N.device)
+    if order_N is None:
+        order_N = torch.arange(split.num_images, device=split.index_N.device)
     keys_N = sample_keys(split.index_N, seed=seed)
     return _batches(split, order_N, keys_N, batch_size=batch_size, augment=None)
 
@@ -252,22 +259,6 @@ def _check_validation_size(source: ImageSource, labels_N: Tensor, validation_siz
             f"data.validation_size = {validation_size} takes {per_class} images of a class, and "
             f"{source.name} has only {smallest} of class {source.class_names[label]!r}; {advice}"
         )
-
-
-def _balanced_order(labels_N: Tensor, draws_N: Tensor) -> Tensor:
-    """All positions, so ordered that any beginning of them is balanced, int64 [N].
-
-    Each class is shuffled by the draws; then come the first images of every class, then the
-    second ones, and so on.
-    """
-    shuffled_N = torch.argsort(draws_N, stable=True)
-    grouped_N = shuffled_N[torch.argsort(labels_N[shuffled_N], stable=True)]
-    counts_K = torch.bincount(labels_N)
-    first_K = counts_K.cumsum(0) - counts_K
-    rank_N = torch.arange(len(labels_N)) - first_K[labels_N[grouped_N]]
-    # Shuffled again, so that no class is preferred where the number does not divide.
-    by_draw_N = torch.argsort(draws_N[grouped_N], stable=True)
-    return grouped_N[by_draw_N[torch.argsort(rank_N[by_draw_N], stable=True)]]
 
 
 _SplitType = TypeVar("_SplitType", bound=_Split)

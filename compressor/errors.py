@@ -80,6 +80,12 @@ class MissingDependencyError(RobustCompressError):
     """An optional package is needed and absent."""
 
 
+class BudgetSpentError(RobustCompressError):
+    """A budget of time ended before the work did; what is finished is kept."""
+
+    exit_code = ExitCode.INCONCLUSIVE
+
+
 class InvalidEvaluationError(RobustCompressError):
     """An evaluation broke its own rules, so its numbers say nothing."""
 

@@ -33,6 +33,7 @@ class Stream(IntEnum):
     HOLD_OUT = 6
     SUBSET = 7
     ATTACK_RADIUS = 8
+    VERIFICATION_ORDER = 9
 
 
 def sample_keys(index_N: Tensor, *, seed: int, epoch: int = 0) -> Tensor:

@@ -1,28 +1,35 @@
-"""RobustnessReport: what was measured, on what, with which n; as JSON and as Markdown.
+"""RobustnessReport: what was measured, on what, with which n, and whether it may be believed.
 
-Closed and strict, because a gate may read it from strangers. Needs no torch.
+Closed and strict, because a gate may read it from strangers: counts that contradict the table of
+samples, or a verified report with an alarm, are refused. Needs no torch. Forms for people are in
+`report_markdown.py` and `html_report.py`.
 """
 
-from collections.abc import Sequence
+from collections import Counter
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from compressor.errors import RunError
 from compressor.proportions import Proportion
-from compressor.run_directory import read_json, write_json_atomically, write_text_atomically
-from compressor.threat import format_pixels
+from compressor.run_directory import read_json, write_json_atomically
+from compressor.threat import Norm
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 CAVEAT = (
-    "These attacks are white-box first-order searches in float32. What survives them is an upper "
-    "bound of the true robust accuracy; AutoAttack is stronger and was not run."
+    "Accuracy under attack is an upper bound of the true robust accuracy: a stronger attack may "
+    "still be found."
 )
 
+WRONG_CLEAN = "clean"
+"""What broke an image that is answered wrongly without any attack."""
 
-_TRAINING_FACTS = ("device", "number_format", "num_threads", "torch")
+Status = Literal["verified", "incomplete", "unverified", "invalid"]
+"""`verified`: every planned image went through every attack, and no validity check raised an
+alarm. `incomplete`: a budget ended first; the images that are done are a random part.
+`unverified`: there was no white-box attack. `invalid`: an alarm; the numbers say nothing."""
 
 
 class _Table(BaseModel):
@@ -54,17 +61,6 @@ class Count(_Table):
         return self.num_correct / self.num_total
 
 
-class AttackRow(_Table):
-    """Accuracy under one attack."""
-
-    name: str
-    parameters: dict[str, float | int | str]
-    accuracy: Count
-    w_robust_fraction: float
-    """Mean of clean accuracy and accuracy under this attack."""
-    duration_seconds: float
-
-
 class CostRow(_Table):
     """What one model costs; latencies of all rows come from one interleaved run."""
 
@@ -90,18 +86,87 @@ class TeacherRow(_Table):
     robust: Count | None
 
 
-class DataFacts(_Table):
-    """Which images; every hash is a SHA-256."""
+class AttackRow(_Table):
+    """One attack of the cascade; it tries the images that stood before it."""
+
+    name: str
+    kind: Literal["white-box", "black-box", "transfer"]
+    parameters: dict[str, float | int | str | bool]
+    num_tried: int
+    num_broken: int
+    """Of those tried."""
+    standing: Count
+    """Images that are correct clean and after this and every attack before it."""
+    accuracy: Count | None
+    """Accuracy under this attack alone; None where it tried only what others had left."""
+    num_forwards: int
+    """Images that went through the model, summed over samples."""
+    num_backwards: int
+    duration_seconds: float
+
+
+class CurvePoint(_Table):
+    """Accuracy within one radius, of some of the images."""
+
+    epsilon_pixels: float
+    accuracy: Count
+
+
+class EightBitFacts(_Table):
+    """Cameras deliver 8 bits: how many adversarial images still fool after rounding."""
+
+    num_found: int
+    num_still_fooling: int
+
+
+class ValidityRow(_Table):
+    """One check of the evaluation itself."""
+
+    name: str
+    status: Literal["passed", "alarm", "not_run"]
+    found: str
+    """What was measured, with its n."""
+    threshold: str
+    """From where on it is an alarm."""
+    p_value: float | None
+    """Of the exact test, where there is one; compared with 1 % after Holm's correction."""
+    advice: str
+    """What an alarm means and what to do; or why the check was not run."""
+
+
+class SampleTable(_Table):
+    """One entry per image, in the order in which images were attacked."""
+
+    index: tuple[int, ...]
+    """Position in the test images."""
+    label: tuple[int, ...]
+    broken_by: tuple[str | None, ...]
+    """`clean` if it is wrong without an attack, else the first attack that broke it; None: it
+    stands."""
+    prediction: tuple[int | None, ...]
+    """The class answered on the clean image if that is wrong, else on the image that broke it."""
+
+
+class TargetFacts(_Table):
+    """What was verified."""
+
+    kind: Literal["run", "weights", "onnx"]
+    architecture: str
+    sha256: str
+    source_sha256: str | None
+    """Of the weights whose gradients were used, if the target has none."""
+
+
+class TestFacts(_Table):
+    """Which images; hashes are SHA-256."""
+
+    __test__ = False  # or pytest takes the class for a test case
 
     source: str
     class_names: tuple[str, ...]
-    training_content_sha256: str
-    num_training: int
-    num_validation: int
-    validation_index_sha256: str
-    test_content_sha256: str
-    num_test: int
-    test_index_sha256: str
+    content_sha256: str
+    index_sha256: str
+    num_planned: int
 
 
 class SelectionFacts(_Table):
@@ -114,36 +179,106 @@ class SelectionFacts(_Table):
     robust: Count
 
 
-class RobustnessReport(_Table):
-    """The result of verifying one network on test images."""
+class TrainingFacts(_Table):
+    """Where the weights come from, if a run of ours trained them."""
 
-    schema_version: Literal[1] = 1
-    name: str
     recipe_id: str
     recipe: dict[str, Any]
-    architecture: str
-    model_sha256: str
-    norm: Literal["linf"]
-    epsilon_pixels: float
-    data: DataFacts
+    content_sha256: str
+    num_training: int
+    num_validation: int
+    validation_index_sha256: str
     selection: SelectionFacts
     teachers: tuple[TeacherRow, ...]
+    environment: dict[str, Any]
+
+
+class RobustnessReport(_Table):
+    """The result of verifying one model on test images."""
+
+    schema_version: Literal[2] = 2
+    name: str
+    status: Status
+    status_reason: str
+    protocol: str
+    """What the worst case is the worst of: `AutoAttack-style`, `AutoAttack (compat)`, or the
+    names of the attacks."""
+    target: TargetFacts
+    norm: Norm
+    epsilon_pixels: float
+    seed: int
+    data: TestFacts
     clean: Count
     attacks: tuple[AttackRow, ...]
-    worst_case: Count
-    """Images that stay correct clean and under every attack above."""
+    worst_case: Count | None
+    """Images that are correct clean and under every attack; None where nothing was shown."""
+    eight_bit: EightBitFacts | None
+    curve: tuple[CurvePoint, ...]
+    validity: tuple[ValidityRow, ...]
+    samples: SampleTable
+    training: TrainingFacts | None
     cost: tuple[CostRow, ...]
     environment: dict[str, Any]
     """Of the verification."""
-    training_environment: dict[str, Any]
     duration_seconds: float
     caveat: str = CAVEAT
 
+    @model_validator(mode="after")
+    def _agrees_with_itself(self) -> Self:
+        samples = self.samples
+        columns = (samples.index, samples.label, samples.broken_by, samples.prediction)
+        if len({len(column) for column in columns}) != 1:
+            raise ValueError("the columns of samples have different lengths")
+        if len(set(samples.index)) != len(samples.index):
+            raise ValueError("an image is in samples twice")
+        num_images, broken = len(samples.index), Counter(samples.broken_by)
+        self._check("clean", self.clean, num_images - broken[WRONG_CLEAN], num_images)
+        if self.worst_case is not None:
+            self._check("worst_case", self.worst_case, broken[None], num_images)
+        for row in self.attacks:
+            if row.num_broken != broken[row.name]:
+                raise ValueError(f"{row.name} broke {row.num_broken}, samples say otherwise")
+        if any(row.status == "alarm" for row in self.validity) != (self.status == "invalid"):
+            raise ValueError(f"status {self.status!r} does not go with the validity checks")
+        if self.status == "verified" and (
+            self.worst_case is None or num_images != self.data.num_planned
+        ):
+            raise ValueError("a verified report has a worst case over all planned images")
+        return self
 
-def write_report(report: RobustnessReport, *, json_path: Path, markdown_path: Path) -> None:
-    """Write both forms, each as a whole or not at all."""
-    write_json_atomically(json_path, report.model_dump(mode="json"))
-    write_text_atomically(markdown_path, to_markdown(report))
+    @staticmethod
+    def _check(name: str, count: Count, num_correct: int, num_total: int) -> None:
+        if (count.num_correct, count.num_total) != (num_correct, num_total):
+            raise ValueError(
+                f"{name} is {count.num_correct} of {count.num_total}, samples say {num_correct} "
+                f"of {num_total}"
+            )
+
+
+def class_counts(report: RobustnessReport) -> list[tuple[str, Count, Count]]:
+    """(class, clean, worst case) of every class that has images."""
+    rows = []
+    samples = report.samples
+    for place, name in enumerate(report.data.class_names):
+        broken = [b for b, y in zip(samples.broken_by, samples.label, strict=True) if y == place]
+        if broken:
+            correct = sum(b != WRONG_CLEAN for b in broken)
+            counts = [
+                Count.of(Proportion(num_correct=num, num_total=len(broken)))
+                for num in (correct, broken.count(None))
+            ]
+            rows.append((name, counts[0], counts[1]))
+    return rows
+
+
+def w_robust_fraction(clean: Count, robust: Count) -> float:
+    """Mean of clean and robust accuracy, as in B-MTARD."""
+    return (clean.fraction + robust.fraction) / 2
+
+
+def write_report(report: RobustnessReport, path: Path) -> None:
+    """Write it as JSON, as a whole or not at all."""
+    write_json_atomically(path, report.model_dump(mode="json"))
 
 
 def read_report(path: Path) -> RobustnessReport:
@@ -163,115 +298,6 @@ def read_report(path: Path) -> RobustnessReport:
         ) from None
 
 
-def to_markdown(report: RobustnessReport) -> str:
-    """For people: what was measured, what it costs, where it comes from."""
-    epsilon = format_pixels(report.epsilon_pixels)
-    sections = [
-        f"# {report.name}",
-        f"`{report.architecture}`, threat {report.norm} {epsilon}, "
-        f"{report.clean.num_total} test images of `{report.data.source}`, float32.",
-        "## Accuracy",
-        _accuracy_table(report),
-        f"Worst case: an image counts only if it stays correct under every row. {report.caveat}",
-        "## What compression bought",
-        cost_table(report.cost),
-        "Ratios are to the trained network. Latency: CPU, batch 1, float32, "
-        f"{report.environment.get('num_threads', '?')} threads, interleaved, median (10th to 90th "
-        "percentile).",
-        "## Teachers",
-        _teacher_table(report.teachers),
-        "## Provenance",
-        _provenance(report),
-    ]
-    return "\n\n".join(sections) + "\n"
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in GitHub's Markdown."""
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def percent(count: Count) -> str:
     """`52.00 %`."""
     return f"{100 * count.fraction:.2f} %"
-
-
-def cost_table(rows: Sequence[CostRow]) -> str:
-    """Every cost beside its ratio to the trained network's, the last row that is no file."""
-    student = [row for row in rows if row.num_parameters is not None][-1]
-    header = ("model", "parameters", "multiply-adds", "bytes", "latency")
-    return markdown_table(header, [_cost_cells(row, student) for row in rows])
-
-
-def _cost_cells(row: CostRow, student: CostRow) -> list[str]:
-    spread = f"{row.latency_low_ms:.2f} to {row.latency_high_ms:.2f}"
-    return [
-        row.name,
-        _with_ratio(row.num_parameters, student.num_parameters),
-        _with_ratio(row.num_multiply_adds, student.num_multiply_adds),
-        _with_ratio(row.num_bytes, student.num_bytes),
-        f"{row.latency_ms:.2f} ms ({spread}), {row.latency_ms / student.latency_ms:.2f}x",
-    ]
-
-
-def _with_ratio(value: int | None, reference: int | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:,}, {value / reference:.2f}x" if reference else f"{value:,}"
-
-
-def _accuracy_table(report: RobustnessReport) -> str:
-    rows = [["clean", *_accuracy_cells(report.clean), ""]]
-    for attack in report.attacks:
-        w_robust = f"{100 * attack.w_robust_fraction:.2f} %"
-        rows.append([attack.name, *_accuracy_cells(attack.accuracy), w_robust])
-    w_robust = f"{50 * (report.clean.fraction + report.worst_case.fraction):.2f} %"
-    rows.append(["**worst case**", *_accuracy_cells(report.worst_case), w_robust])
-    return markdown_table(("images", "accuracy", "correct", "95 % interval", "W-Robust"), rows)
-
-
-def _accuracy_cells(count: Count) -> list[str]:
-    interval = f"{100 * count.low_95:.2f} to {100 * count.high_95:.2f}"
-    return [percent(count), f"{count.num_correct} of {count.num_total}", interval]
-
-
-def _teacher_table(teachers: Sequence[TeacherRow]) -> str:
-    if not teachers:
-        return "None: trained on labels."
-    rows = [
-        [
-            t.role,
-            t.name,
-            f"{percent(t.clean)} of {t.clean.num_total}",
-            f"{percent(t.robust)} of {t.robust.num_total}" if t.robust else "no gradient",
-            f"`{t.sha256}`",
-        ]
-        for t in teachers
-    ]
-    text = markdown_table(("role", "model", "clean", "short PGD", "sha256"), rows)
-    note = "Teachers are measured on held-out training images before the run; if they were trained "
-    return f"{text}\n\n{note}on those images themselves, these two columns are optimistic."
-
-
-def _provenance(report: RobustnessReport) -> str:
-    data, selection = report.data, report.selection
-    chosen = (
-        f"epoch {selection.epoch} ({selection.candidate}): clean {percent(selection.clean)}, "
-        f"{percent(selection.robust)} under {selection.attack}, of {selection.clean.num_total} "
-        "held-out images"
-    )
-    facts = {
-        "selected": chosen,
-        "recipe": f"`{report.recipe_id}`",
-        "model sha256": f"`{report.model_sha256}`",
-        "training images": f"{data.num_training} + {data.num_validation} for validation",
-        "training content": f"`{data.training_content_sha256}`",
-        "validation index": f"`{data.validation_index_sha256}`",
-        "test content": f"`{data.test_content_sha256}`",
-        "verification": f"{report.duration_seconds:.0f} s",
-        **{name: str(value) for name, value in report.environment.items()},
-    }
-    trained = report.training_environment
-    facts |= {f"training {name}": str(trained[name]) for name in _TRAINING_FACTS if name in trained}
-    return "\n".join(f"- {name}: {value}" for name, value in facts.items())

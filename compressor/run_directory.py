@@ -4,7 +4,7 @@ A run on disk::
 
     recipe.resolved.json  run.json  environment.json  metrics.jsonl  tensorboard/
     checkpoints/step-00000352/{network,momentum,average}.safetensors, train_state.json
-    model.safetensors  curves.png  report.json  report.md
+    model.safetensors  curves.png  report.json  report.md  report.html  samples.csv
     exports/model.fp32.onnx  exports/model.fp32.onnx.json
 """
 
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from compressor.errors import RunError
+from compressor.report_files import ReportFiles
 
 _CHECKPOINT_PREFIX = "step-"
 
@@ -114,13 +115,9 @@ class RunDirectory:
         """The selected weights, self-describing."""
         return self.path / "model.safetensors"
 
-    def report_json(self, num_images: int | None = None) -> Path:
-        """The verification on all test images, or on so many of them, for programs."""
-        return self.path / f"report{_part(num_images)}.json"
-
-    def report_markdown(self, num_images: int | None = None) -> Path:
-        """The same for people."""
-        return self.path / f"report{_part(num_images)}.md"
+    def report(self, label: str = "") -> ReportFiles:
+        """The files of a verification."""
+        return ReportFiles(folder=self.path, label=label)
 
     @property
     def checkpoints(self) -> Path:
@@ -166,10 +163,6 @@ class RunDirectory:
                     f"another process is training in {self.path}; wait for it or stop it"
                 ) from None
             yield
-
-
-def _part(num_images: int | None) -> str:
-    return "" if num_images is None else f"-{num_images}"
 
 
 def _holds_something(folder: Path) -> bool:

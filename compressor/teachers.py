@@ -124,6 +124,16 @@ def load_teacher(
         TeacherError: if classes, their order, or the size of the images do not fit the data.
         ArtefactMismatchError: if the file is not the one that the recipe names by its hash.
     """
+    try:
+        return load_model(recipe, class_names=class_names, image_shape=image_shape)
+    except (WeightsError, TeacherError) as error:
+        raise type(error)(f"{recipe.role} teacher: {error}") from None
+
+
+def load_model(
+    recipe: TeacherRecipe, *, class_names: Sequence[str], image_shape: tuple[int, int, int]
+) -> Teacher:
+    """As `load_teacher`, for a model that is no teacher; the role does not matter."""
     source = _parse_source(recipe.source)
     _check_hash(source.path, recipe.sha256)
     target = _Target(tuple(class_names), image_shape)
@@ -133,7 +143,7 @@ def load_teacher(
         return _load_network(recipe, source, target)
     except (WeightsError, TeacherError) as error:
         named = str(error) if str(source.path) in str(error) else f"{source.path}: {error}"
-        raise type(error)(f"{recipe.role} teacher: {named}") from None
+        raise type(error)(named) from None
 
 
 def _parse_source(source: str) -> _Source:

@@ -1,141 +1,182 @@
-"""verify_network: attacks x test images -> counts. Always float32, eval mode, un-augmented."""
+"""attack_chunks: images x attacks, chunk by chunk, each chunk through the whole cascade.
+
+The images go in a random order that keeps the shares of the classes, so that those done before a
+budget ends are a fair part of all. Always eval mode and un-augmented; float32 decides.
+"""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from compressor.attacks.protocol import Attack
-from compressor.data import TestSplit, evaluation_batches
-from compressor.errors import InvalidEvaluationError
+from compressor.attacks.stages import Stage
+from compressor.cascade import Found, GalleryEntry, Outcome, Subject, answer_clean, run_stage
+from compressor.data import Batch, TestSplit, evaluation_batches
+from compressor.errors import BudgetSpentError
 from compressor.folding import EvaluationView
-from compressor.networks import evaluation_mode
+from compressor.journal import Journal
 from compressor.performance import Performance
-from compressor.proportions import Proportion
+from compressor.randomness import Stream, sample_keys, uniform
+from compressor.sample_order import proportional_order
+from compressor.samples import CLEAN_STAGE, Sample, take_outcomes
+from compressor.verification_progress import Meter, VerificationProgress
 
 
 @dataclass(frozen=True, kw_only=True)
-class VerificationProgress:
-    """How far verification has come."""
+class VerificationPlan:
+    """What is done to each image."""
 
-    attack: str
-    num_images: int
-    num_done: int
-    num_correct: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class AttackResult:
-    """Accuracy under one attack."""
-
-    accuracy: Proportion
-    duration_seconds: float
+    stages: Sequence[Stage]
+    seed: int = 0
+    batch_size: int = 250
+    """Images of a chunk, and rows of one pass."""
+    max_seconds: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
-class VerificationResult:
-    """Counts over the test images."""
+class Verification:
+    """What is known after some chunks; every image in it went through every stage."""
 
-    clean: Proportion
-    attacks: Mapping[str, AttackResult]
-    worst_case: Proportion
-    """Images that are correct clean and under every attack."""
+    samples: Sequence[Sample]
+    gallery: Sequence[GalleryEntry]
+    outcomes: Sequence[Outcome]
+    num_planned: int
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all planned images are done."""
+        return len(self.samples) == self.num_planned
 
 
-def verify_network(
-    network: nn.Module,
-    attacks: Mapping[str, Attack],
-    split: TestSplit,
-    *,
-    performance: Performance,
-    batch_size: int = 256,
-    observe: Callable[[VerificationProgress], None] = lambda _: None,
-) -> VerificationResult:
-    """Accuracy clean, under each attack, and under the worst of them image by image.
+def network_subject(network: nn.Module, performance: Performance) -> Subject:
+    """A network in eval mode, and its views with BatchNorm folded.
 
-    The attacks search on the network with BatchNorm folded, the same function in eval mode;
-    whether an image is fooled is decided by the network itself, in float32. A point outside the
-    threat model never counts.
-
-    Raises:
-        InvalidEvaluationError: if an attack left its threat model.
+    The caller keeps the network in eval mode (`compressor.networks.evaluation_mode`).
     """
     exact = Performance(device=performance.device)
     network = exact.place_network(network)
-    view = EvaluationView(network, exact)
-    results: dict[str, AttackResult] = {}
-    with evaluation_mode(network):
-        clean_N = _survivors(network, None, split, batch_size=batch_size, view=view)
-        worst_N = clean_N.clone()
-        for name, attack in attacks.items():
-            started_at_seconds = time.perf_counter()
-            report = _reporter(observe, name, split.num_images)
-            flags_N = _survivors(
-                network, attack, split, batch_size=batch_size, view=view, report=report
-            )
-            accuracy = _count(flags_N)
-            worst_N &= flags_N
-            results[name] = AttackResult(
-                accuracy=accuracy, duration_seconds=time.perf_counter() - started_at_seconds
-            )
-    return VerificationResult(clean=_count(clean_N), attacks=results, worst_case=_count(worst_N))
+    float32 = EvaluationView(network, exact)
+    is_float32 = performance.training_dtype == torch.float32
+    search = float32 if is_float32 else EvaluationView(network, performance)
+    return Subject(answer=network, float32=float32, search_dtype=search)
 
 
-def _survivors(
-    network: nn.Module,
-    attack: Attack | None,
+def attack_chunks(
+    subject: Subject,
     split: TestSplit,
+    plan: VerificationPlan,
     *,
-    batch_size: int,
-    view: EvaluationView,
-    report: Callable[[Tensor], None] = lambda _: None,
-) -> Tensor:
-    """Whether each image is answered correctly, bool [N]; under `attack` if there is one."""
-    flags = []
-    for batch in evaluation_batches(split, batch_size=batch_size):
-        x = batch.x_NCHW
-        if attack is not None:
-            x = attack(view, x, batch.y_N, keys_N=batch.keys_N)
-            _refuse_outside(x, batch.x_NCHW, attack)
-        with torch.no_grad():
-            logits_NK = network(x)
-        is_answer_N = logits_NK.amax(dim=1).isfinite()  # not-a-number is never right
-        flags.append((logits_NK.argmax(dim=1) == batch.y_N) & is_answer_N)
-        report(flags[-1])
-    return torch.cat(flags)
+    journal: Journal,
+    observe: Callable[[VerificationProgress], None] = lambda _: None,
+) -> Iterator[Verification]:
+    """What is known after each chunk. Finished stages are in the journal and are not run again.
 
+    Raises:
+        BudgetSpentError: when `max_seconds` are over; the chunk it was in does not count.
+        InvalidEvaluationError: if an attack left its threat model.
+    """
+    order_N = verification_order(split, seed=plan.seed)
+    samples = _empty_samples(split, order_N)
+    meter = Meter(plan.stages, num_images=len(samples), observe=observe)
+    deadline = None if plan.max_seconds is None else time.monotonic() + plan.max_seconds
 
-def _refuse_outside(x_adv_NCHW: Tensor, x_NCHW: Tensor, attack: Attack) -> None:
-    slack = 1e-6  # float32 rounding of x + epsilon
-    extremes = torch.stack([(x_adv_NCHW - x_NCHW).abs().amax(), *x_adv_NCHW.aminmax()])
-    distance, low, high = extremes.tolist()
-    is_inside = distance <= attack.threat.epsilon_pixels + slack and low >= 0 and high <= 1
-    if not is_inside:  # not-a-number is not inside
-        raise InvalidEvaluationError(
-            f"{attack} left its threat model: distance {distance:.6f}, pixels {low} to {high}; "
-            "no number was written. Please report it"
+    def tick() -> None:
+        if deadline is not None and time.monotonic() > deadline:
+            raise BudgetSpentError(f"the budget of {plan.max_seconds:g} seconds is spent")
+        meter.tick()
+
+    watched = subject.watched(tick)
+    outcomes: list[Outcome] = []
+    batches = evaluation_batches(split, batch_size=plan.batch_size, seed=plan.seed, order_N=order_N)
+    for chunk, batch in enumerate(batches):
+        places = torch.arange(len(batch.y_N), device=batch.y_N.device) + chunk * plan.batch_size
+        work = _Chunk(number=chunk, batch=batch, places=places, plan=plan)
+        outcomes += _attack_chunk(work, watched, samples=samples, journal=journal, meter=meter)
+        num_done = int(places[-1]) + 1
+        yield Verification(
+            samples=samples[:num_done],
+            gallery=[entry for outcome in outcomes for entry in outcome.gallery],
+            outcomes=tuple(outcomes),
+            num_planned=len(samples),
         )
 
 
-def _reporter(
-    observe: Callable[[VerificationProgress], None], name: str, num_images: int
-) -> Callable[[Tensor], None]:
-    done, correct = 0, 0
-
-    def report(flags_N: Tensor) -> None:
-        nonlocal done, correct
-        done += len(flags_N)
-        correct += int(flags_N.sum())
-        observe(
-            VerificationProgress(
-                attack=name, num_images=num_images, num_done=done, num_correct=correct
-            )
-        )
-
-    return report
+def verification_order(split: TestSplit, *, seed: int) -> Tensor:
+    """The order in which images are attacked: places in the split, int64 [N]."""
+    keys_N = sample_keys(split.index_N, seed=seed)
+    order_N = proportional_order(split.labels_N, uniform(keys_N, stream=Stream.VERIFICATION_ORDER))
+    return order_N
 
 
-def _count(flags_N: Tensor) -> Proportion:
-    return Proportion(num_correct=int(flags_N.sum()), num_total=len(flags_N))
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Chunk:
+    number: int
+    batch: Batch
+    places: Tensor
+    plan: VerificationPlan
+
+
+def _attack_chunk(
+    chunk: _Chunk,
+    subject: Subject,
+    *,
+    samples: Sequence[Sample],
+    journal: Journal,
+    meter: Meter,
+) -> list[Outcome]:
+    outcomes = []
+    for name, stage in [(CLEAN_STAGE, None), *((s.name, s) for s in chunk.plan.stages)]:
+        tried_M = _tried(chunk, stage, samples)
+        outcome = journal.get(chunk.number, name)
+        if outcome is None:
+            with meter.stage(name, num_tried=len(tried_M)):
+                outcome = _run(chunk, stage, subject, tried_M)
+            journal.add(outcome)
+        take_outcomes(samples, [outcome])
+        meter.done(outcome)
+        outcomes.append(outcome)
+    return outcomes
+
+
+def _tried(chunk: _Chunk, stage: Stage | None, samples: Sequence[Sample]) -> Tensor:
+    """Rows of the chunk that the stage is to try."""
+    wanted = (None, CLEAN_STAGE) if stage is None else (None,)
+    rows = []
+    for row, place in enumerate(chunk.places.tolist()):
+        broken_by = samples[place].broken_by
+        tries_broken = stage is not None and stage.tries_all and broken_by != CLEAN_STAGE
+        if broken_by in wanted or tries_broken:
+            rows.append(row)
+    return torch.tensor(rows, dtype=torch.int64, device=chunk.places.device)
+
+
+def _run(chunk: _Chunk, stage: Stage | None, subject: Subject, tried_M: Tensor) -> Outcome:
+    started_at_seconds = time.perf_counter()
+    batch = chunk.batch
+    part = Batch(
+        x_NCHW=batch.x_NCHW[tried_M],
+        y_N=batch.y_N[tried_M],
+        index_N=batch.index_N[tried_M],
+        keys_N=batch.keys_N[tried_M],
+    )
+    places = chunk.places[tried_M]
+    found: tuple[Found, ...] = ()
+    gallery: tuple[GalleryEntry, ...] = ()
+    if stage is None:
+        found = answer_clean(subject, part, places)
+    elif len(tried_M):
+        found, gallery = run_stage(stage, subject, part, places, seed=chunk.plan.seed)
+    return Outcome(
+        chunk=chunk.number,
+        stage=CLEAN_STAGE if stage is None else stage.name,
+        found=found,
+        gallery=gallery,
+        duration_seconds=time.perf_counter() - started_at_seconds,
+    )
+
+
+def _empty_samples(split: TestSplit, order_N: Tensor) -> list[Sample]:
+    rows = zip(split.index_N[order_N].tolist(), split.labels_N[order_N].tolist(), strict=True)
+    return [Sample(index=index, label=label) for index, label in rows]

@@ -5,6 +5,19 @@ import torch
 from hypothesis import settings
 
 from compressor.architectures.tiny import build_tiny
+from compressor.proportions import Proportion
+from compressor.report import (
+    AttackRow,
+    CostRow,
+    Count,
+    CurvePoint,
+    EightBitFacts,
+    RobustnessReport,
+    SampleTable,
+    TargetFacts,
+    TestFacts,
+    ValidityRow,
+)
 from compressor.threat import ThreatModel
 
 settings.register_profile("quiet", deadline=None, database=None)
@@ -59,3 +72,96 @@ def tiny_network(make_tiny):
 @pytest.fixture
 def threat():
     return ThreatModel(epsilon_pixels=8 / 255)
+
+
+@pytest.fixture(scope="session")
+def make_report():
+    """Builds a report that agrees with itself: 4 classes; image i is broken by `broken_by[i]`."""
+
+    def make(broken_by=(None,) * 5 + ("pgd_sat",) * 3 + ("clean",) * 2, **changes):
+        num = len(broken_by)
+        labels = tuple(i % 4 for i in range(num))
+        wrong = [None if b is None else (y + 1) % 4 for b, y in zip(broken_by, labels, strict=True)]
+        standing = num - broken_by.count("clean")
+        clean, rows = _count(standing, num), []
+        for name in ("pgd_sat", "apgd_t", "square"):
+            tried, broken = standing, broken_by.count(name)
+            standing -= broken
+            rows.append(
+                AttackRow(
+                    name=name,
+                    kind="black-box" if name == "square" else "white-box",
+                    parameters={"num_steps": 20},
+                    num_tried=tried,
+                    num_broken=broken,
+                    standing=_count(standing, num),
+                    accuracy=_count(standing, num) if name == "pgd_sat" else None,
+                    num_forwards=100 * tried,
+                    num_backwards=50 * tried,
+                    duration_seconds=1.5,
+                )
+            )
+        values = {
+            "name": "tiny",
+            "status": "verified",
+            "status_reason": "all images went through all attacks",
+            "protocol": "AutoAttack-style",
+            "target": TargetFacts(
+                kind="run", architecture="tiny, width 1", sha256="b" * 64, source_sha256=None
+            ),
+            "norm": "linf",
+            "epsilon_pixels": 8 / 255,
+            "seed": 0,
+            "data": TestFacts(
+                source="digits",
+                class_names=("zero", "one", "two", "three"),
+                content_sha256="e" * 64,
+                index_sha256="f" * 64,
+                num_planned=num,
+            ),
+            "clean": clean,
+            "attacks": tuple(rows),
+            "worst_case": _count(broken_by.count(None), num),
+            "eight_bit": EightBitFacts(num_found=3, num_still_fooling=2),
+            "curve": tuple(
+                CurvePoint(epsilon_pixels=eps / 255, accuracy=_count(correct, 10))
+                for eps, correct in ((0, 8), (4, 6), (8, 5), (16, 1))
+            ),
+            "validity": (
+                ValidityRow(
+                    name="zero_gradient",
+                    status="passed",
+                    found="0 of 10 images have a zero gradient",
+                    threshold="alarm above 1 %",
+                    p_value=None,
+                    advice="",
+                ),
+            ),
+            "samples": SampleTable(
+                index=tuple(range(num)),
+                label=labels,
+                broken_by=tuple(broken_by),
+                prediction=tuple(wrong),
+            ),
+            "training": None,
+            "cost": (
+                CostRow(
+                    name="student tiny",
+                    num_parameters=6_418,
+                    num_multiply_adds=1_000_000,
+                    num_bytes=25_672,
+                    latency_ms=1.5,
+                    latency_low_ms=1.2,
+                    latency_high_ms=2.0,
+                ),
+            ),
+            "environment": {"num_threads": 2, "device": "cpu", "torch": "2.15.0"},
+            "duration_seconds": 12.5,
+        }
+        return RobustnessReport(**(values | changes))
+
+    return make
+
+
+def _count(num_correct, num_total):
+    return Count.of(Proportion(num_correct=num_correct, num_total=num_total))

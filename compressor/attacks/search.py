@@ -91,13 +91,17 @@ class Tally:
         unfooled = ~self._is_fooled[self._live]
         self._x_adv[self._live[unfooled]] = best_MCHW[unfooled]
 
-    def result(self) -> "SearchResult":
-        """What was found until now."""
+    def result(self, *, extra_passes: int = 0) -> "SearchResult":
+        """What was found until now.
+
+        Args:
+            extra_passes: forwards with a backward of all rows that were not noted.
+        """
         return SearchResult(
             x_adv_NCHW=self._x_adv,
             is_fooled_N=self._is_fooled,
-            num_forwards_N=self._num_forwards,
-            num_backwards_N=self._num_backwards,
+            num_forwards_N=self._num_forwards + extra_passes,
+            num_backwards_N=self._num_backwards + extra_passes,
         )
 
 

@@ -44,8 +44,8 @@ class Square:
     p_init: float = 0.8
     """The first squares cover about this fraction of the image."""
     windows_reach_edge: bool = True
-    """Whether a square may touch the lower and the right edge; in the released code only one as
-    large as the image does."""
+    """Whether a square may touch the lower and the right edge, as in the paper. In the released
+    code only one as large as the image does."""
 
     @torch.no_grad()
     def search(
@@ -95,9 +95,9 @@ class _LiveRows:
         self._num_forwards_N = torch.zeros_like(y_N, dtype=torch.int64)
         self._num_attempts = 0
         self._index_M = torch.arange(len(y_N), device=y_N.device)
-        self.x, self._y_M, self.draws = x_NCHW, y_N, draws
-        self.best = x_NCHW.clone()
-        self._best_margin_M = torch.full(y_N.shape, -torch.inf, device=y_N.device)
+        self.x, self._y_M, self.draws = x_NCHW.contiguous(), y_N, draws
+        self.best = self.x.clone()
+        self._best_margin_M = torch.full_like(y_N, -torch.inf, dtype=x_NCHW.dtype)
 
     def __len__(self) -> int:
         return len(self._index_M)
@@ -106,10 +106,10 @@ class _LiveRows:
         """Ask the model about one new point per sample; keep what is better; leave if fooled."""
         logits_MK = model(new)
         self._num_attempts += 1
-        margin_M = margin(logits_MK, self._y_M)
-        is_better_M = margin_M > self._best_margin_M  # never true of not-a-number
-        self.best = torch.where(is_better_M.view(-1, 1, 1, 1), new, self.best)
-        self._best_margin_M = torch.where(is_better_M, margin_M, self._best_margin_M)
+        margin_M = margin(logits_MK, self._y_M).to(new.dtype)
+        better = (margin_M > self._best_margin_M).nonzero()[:, 0]  # never true of not-a-number
+        self.best[better] = new[better]
+        self._best_margin_M[better] = margin_M[better]
         is_candidate_M = (margin_M >= 0) | ~margin_M.isfinite()
         if is_candidate_M.any():
             candidates = is_candidate_M.nonzero()[:, 0]

@@ -39,9 +39,9 @@ class Window:
         Args:
             u_M2: uniform numbers in [0, 1) for the row and the column of the upper left corner.
         """
-        num_unused = self.side_pixels - int(self.reaches_edge)
-        top_M = (u_M2[:, 0] * (self.height_pixels - num_unused)).long()
-        left_M = (u_M2[:, 1] * (self.width_pixels - num_unused)).long()
+        num_excluded = self.side_pixels - int(self.reaches_edge)
+        top_M = (u_M2[:, 0] * (self.height_pixels - num_excluded)).long()
+        left_M = (u_M2[:, 1] * (self.width_pixels - num_excluded)).long()
         steps = torch.arange(self.side_pixels, device=u_M2.device)
         window_S = (steps[:, None] * self.width_pixels + steps).flatten()
         return (top_M * self.width_pixels + left_M)[:, None, None] + window_S
@@ -52,9 +52,8 @@ def window_side_pixels(
 ) -> int:
     """Side of the window, whose area is about a fraction p of the image; p falls with time.
 
-    The iterations at which p halves are those that the paper states for 10,000 queries; they do
-    not move with the number of queries. In L2 the window has two halves with a middle each, so
-    it is at least 3 wide, and odd unless the image is too small for that.
+    The iterations after which p halves do not move with the number of queries, as in the released
+    AutoAttack. In L2 the side is at least 3, and odd unless it is that of the image.
     """
     p = p_init / 2 ** bisect.bisect_left(_HALVE_AFTER_ITERATIONS, iteration)
     side = round(math.sqrt(p * height_pixels * width_pixels))
@@ -86,10 +85,10 @@ def recolour_window(
 def tiled_bumps(x_MCHW: Tensor, *, threat: ThreatModel, draws: Draws) -> Tensor:
     """Start in L2: bumps side by side, together epsilon long, each with a sign per channel.
 
-    The released code derives the side of a tile and the place of the first one from the height
-    alone and counts as many tiles as the side divides the image. Tiles that stick out are cut
-    off here, where it fails but for tiles of one pixel; and a tile has at least one pixel and is
-    no wider than the image. Where it works, the start is the same.
+    As in the released code, the height alone gives the side of a tile and the place of the
+    first, and the last may stick out. That code then fails unless a tile is one pixel; here a
+    tile is cut off at the edge. It also fails below 5 pixels, and starts from the image itself
+    where a tile is wider than it; here a tile has a pixel at least, and at most the whole width.
     """
     num_channels, height, width = x_MCHW.shape[1:]
     side = max(min(height // _NUM_TILES_ACROSS, width), 1)
@@ -98,7 +97,7 @@ def tiled_bumps(x_MCHW: Tensor, *, threat: ThreatModel, draws: Draws) -> Tensor:
     for i in range(height // side):
         for j in range(width // side):
             top, left = first + i * side, first + j * side
-            bump = _bumps(draws.common_uniform([1]), side, x_MCHW).unflatten(2, (side, side))
+            bump = _bumps(draws.common_uniform([1]), side, x_MCHW).view(-1, 1, side, side)
             tile = bump * _signs(draws.uniform([num_channels, 1, 1])).to(x_MCHW.dtype)
             place = change[:, :, top : top + side, left : left + side]
             place += tile[:, :, : place.shape[2], : place.shape[3]]
@@ -121,18 +120,21 @@ def move_change(
 
     change = best_MCHW - x_MCHW
     change_MCP = change.flatten(2)  # a view
-    is_inside = torch.zeros_like(change_MCP[:, :1], dtype=torch.bool)
-    is_inside.scatter_(2, to_MCS[:, :1], value=True).scatter_(2, from_MCS[:, :1], value=True)
-    epsilon = torch.full_like(sign_MC1, threat.epsilon_pixels)
-    unused_MC1 = (epsilon**2 - threat.length(change).view(-1, 1, 1) ** 2).clamp(min=0)
-    length_MC1 = (unused_MC1 / num_channels + _length(change_MCP * is_inside) ** 2).sqrt()
+    is_inside = torch.zeros_like(change_MCP[:, :1])
+    is_inside.scatter_(2, to_MCS[:, :1], 1.0).scatter_(2, from_MCS[:, :1], 1.0)
+    squares_MCP = change_MCP**2  # roots that are squared again round as the released code does
+    whole_M11 = squares_MCP.flatten(1).sum(dim=1).sqrt().view(-1, 1, 1)
+    inside_MC1 = (squares_MCP * is_inside).sum(dim=2, keepdim=True).sqrt()
+    epsilon_M11 = torch.full_like(whole_M11, threat.epsilon_pixels)
+    unused_M11 = (epsilon_M11**2 - whole_M11**2).clamp(min=0)
+    length_MC1 = (unused_M11 / num_channels + inside_MC1**2).sqrt()
 
     old_MCS = change_MCP.gather(2, to_MCS)
     new_MCS = _bumps(u[:, 4:], window.side_pixels, x_MCHW) * sign_MC1
     new_MCS = new_MCS + old_MCS / (_TINY + _length(old_MCS))
     new_MCS = new_MCS / (_TINY + _length(new_MCS)) * length_MC1
     change_MCP.scatter_(2, from_MCS, 0.0).scatter_(2, to_MCS, new_MCS)
-    return (x_MCHW + threat.epsilon_pixels * threat.steepest(change)).clamp(0, 1)
+    return threat.steepest(change).mul_(threat.epsilon_pixels).add_(x_MCHW).clamp_(0, 1)
 
 
 def _signs(u: Tensor) -> Tensor:

@@ -69,7 +69,7 @@ class Targeted:
         """See `compressor.attacks.search.Search`."""
         with torch.no_grad():
             targets_NT = nearest_classes(model(x_NCHW), y_N, num_targets=self.num_targets)
-        total = _Total(x_NCHW, num_forwards=1)
+        total = Total(x_NCHW, num_forwards=1)
         done = 0
         while done < targets_NT.shape[1] and len(standing := total.standing()):
             num_now = 1 if done == 0 else max(self.max_rows // len(standing), 1)
@@ -97,8 +97,13 @@ def nearest_classes(logits_NK: Tensor, y_N: Tensor, *, num_targets: int) -> Tens
     return ranked_NK[:, : min(num_targets, logits_NK.shape[1] - 1)]
 
 
-class _Total:
-    """Adds the results of rows up to results of samples."""
+class Total:
+    """Adds the results of rows up to results of samples.
+
+    Args:
+        x_NCHW: clean images.
+        num_forwards: passes that every sample has already made.
+    """
 
     def __init__(self, x_NCHW: Tensor, *, num_forwards: int) -> None:
         self._x_adv = x_NCHW.clone()
@@ -107,9 +112,11 @@ class _Total:
         self._num_backwards = torch.zeros_like(self._num_forwards)
 
     def standing(self) -> Tensor:
+        """Samples that no row has fooled yet, int64."""
         return (~self._is_fooled).nonzero()[:, 0]
 
     def add(self, owner_R: Tensor, found: SearchResult) -> None:
+        """Take in what was found for the rows of these samples."""
         self._num_forwards.index_add_(0, owner_R, found.num_forwards_N)
         self._num_backwards.index_add_(0, owner_R, found.num_backwards_N)
         fooled_R = found.is_fooled_N
@@ -120,6 +127,7 @@ class _Total:
         self._is_fooled[owner_R[fooled_R]] = True
 
     def result(self) -> SearchResult:
+        """One result per sample."""
         return SearchResult(
             x_adv_NCHW=self._x_adv,
             is_fooled_N=self._is_fooled,

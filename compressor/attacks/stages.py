@@ -1,0 +1,179 @@
+"""The attacks of a verification, in order: which search, on which form of the model, on what.
+
+`fast` and `compat` are two cascades of the same four attacks; see `compressor.attacks.compat`.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal
+
+from torch import Tensor
+
+from compressor.attacks.apgd import APGD
+from compressor.attacks.build import evaluation_attacks
+from compressor.attacks.compat import ReleasedSearch, ReleasedTargets
+from compressor.attacks.draws import Draws, KeyedDraws, seeded_draws
+from compressor.attacks.fab import FAB
+from compressor.attacks.fixed import FixedAttack
+from compressor.attacks.search import Search
+from compressor.attacks.square import Square
+from compressor.attacks.targeted import Targeted
+from compressor.errors import UsageError
+from compressor.losses import dlr, targeted_dlr
+from compressor.randomness import child_keys
+from compressor.threat import ThreatModel
+
+Kind = Literal["white-box", "black-box", "transfer"]
+Mode = Literal["fast", "compat"]
+
+PAPER_ATTACKS = ("fgsm", "pgd_sat", "pgd_trades", "cw_inf")
+AUTOATTACK = ("apgd_ce", "apgd_t", "fab_t", "square")
+GROUPS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"papers": PAPER_ATTACKS, "autoattack": AUTOATTACK}
+)
+ATTACK_NAMES = (*PAPER_ATTACKS, "apgd_ce", "apgd_dlr", "apgd_t", "fab_t", "square")
+"""All attacks, in the order in which they run: what breaks samples soonest comes first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One attack of the cascade."""
+
+    name: str
+    kind: Kind
+    search: Search
+    runs_on: Literal["float32", "search_dtype", "answer"]
+    """The form of the model that is searched: folded in float32 or in the search's own number
+    format; or what answers in the end, which has no gradient if it is a file."""
+    tries_all: bool = False
+    """Tries every correct image, not only those that stand, so it has an accuracy of its own."""
+    parameters: Mapping[str, float | int | str | bool]
+    max_passes: int
+    """About how many forwards and backwards an image costs that is never fooled; for the ETA."""
+
+    def draws(self, x_NCHW: Tensor, *, keys_N: Tensor, seed: int) -> Draws:
+        """Random numbers of this attack for these samples: each sample's own."""
+        del x_NCHW, seed
+        return KeyedDraws(keys_N=child_keys(keys_N, ATTACK_NAMES.index(self.name)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompatStage(Stage):
+    """A stage that draws as the released code: one generator, seeded anew for each batch."""
+
+    def draws(self, x_NCHW: Tensor, *, keys_N: Tensor, seed: int) -> Draws:
+        """See the class."""
+        del keys_N
+        return seeded_draws(seed, x_NCHW)
+
+
+def expand_names(names: Sequence[str]) -> tuple[str, ...]:
+    """Attack names in the order in which they run; `papers` and `autoattack` are groups.
+
+    Raises:
+        UsageError: for a name that does not exist, or none at all.
+    """
+    wanted = {attack for name in names for attack in GROUPS.get(name, (name,))}
+    unknown = sorted(wanted - set(ATTACK_NAMES))
+    if unknown or not wanted:
+        known = ", ".join([*GROUPS, *ATTACK_NAMES])
+        raise UsageError(f"there is no attack {', '.join(unknown) or '(none named)'}; use {known}")
+    return tuple(name for name in ATTACK_NAMES if name in wanted)
+
+
+def protocol_of(names: Sequence[str], mode: Mode) -> str:
+    """What the worst case over these attacks may be called."""
+    if not set(AUTOATTACK) <= set(names):
+        return f"worst of {', '.join(names)}"
+    return "AutoAttack-style" if mode == "fast" else "AutoAttack (compat)"
+
+
+def build_stages(
+    names: Sequence[str], *, threat: ThreatModel, mode: Mode, batch_size: int
+) -> tuple[Stage, ...]:
+    """The stages of these attacks, in order."""
+    papers = evaluation_attacks(threat)
+    stages = [
+        Stage(
+            name=name,
+            kind="white-box",
+            search=FixedAttack(attack=papers[name]),
+            runs_on="float32",
+            tries_all=True,
+            parameters=_parameters(papers[name]),
+            max_passes=2 * vars(papers[name])["num_steps"] + 1,
+        )
+        for name in names
+        if name in papers
+    ]
+    build = _fast if mode == "fast" else _compat
+    return (*stages, *(build(name, threat, batch_size) for name in names if name not in papers))
+
+
+def _fast(name: str, threat: ThreatModel, batch_size: int) -> Stage:
+    apgd_t = APGD(threat=threat, objective=targeted_dlr)
+    searches: Mapping[str, Callable[[], Search]] = {
+        "apgd_ce": lambda: APGD(threat=threat),
+        "apgd_dlr": lambda: APGD(threat=threat, objective=dlr),
+        "apgd_t": lambda: Targeted(attack=apgd_t, max_rows=batch_size),
+        "fab_t": lambda: Targeted(attack=FAB(threat=threat), max_rows=batch_size),
+        "square": lambda: Square(threat=threat),
+    }
+    # A sample is called robust only after APGD-T has run in float32.
+    return Stage(
+        name=name,
+        kind="black-box" if name == "square" else "white-box",
+        search=searches[name](),
+        runs_on="float32" if name == "apgd_t" else "search_dtype",
+        parameters=_PARAMETERS[name],
+        max_passes=_MAX_PASSES[name],
+    )
+
+
+def _compat(name: str, threat: ThreatModel, batch_size: int) -> Stage:
+    del batch_size
+    untargeted = {
+        "apgd_ce": APGD(threat=threat, leaves_when_fooled=False),
+        "apgd_dlr": APGD(threat=threat, objective=dlr, leaves_when_fooled=False),
+    }
+    apgd_t = APGD(threat=threat, objective=targeted_dlr, leaves_when_fooled=False)
+    fab = FAB(threat=threat, stops_at_epsilon=False)
+    square = Square(threat=threat, windows_reach_edge=False)
+    if name in untargeted:
+        attack = untargeted[name]
+        search: Search = ReleasedSearch(attack=attack, num_passes_before=1, num_passes_after=0)
+    elif name == "apgd_t":
+        search = ReleasedTargets(attack=apgd_t, num_passes_before=1, num_passes_after=0)
+    elif name == "fab_t":
+        search = ReleasedTargets(attack=fab, num_passes_before=2, num_passes_after=1)
+    else:
+        search = ReleasedSearch(attack=square, num_passes_before=1, num_passes_after=1)
+    return CompatStage(
+        name=name,
+        kind="black-box" if name == "square" else "white-box",
+        search=search,
+        runs_on="answer",
+        parameters=_PARAMETERS[name],
+        max_passes=_MAX_PASSES[name],
+    )
+
+
+_PARAMETERS: Mapping[str, Mapping[str, float | int | str | bool]] = MappingProxyType(
+    {
+        "apgd_ce": {"num_steps": 100, "restarts": 1},
+        "apgd_dlr": {"num_steps": 100, "restarts": 1},
+        "apgd_t": {"num_steps": 100, "targets": 9},
+        "fab_t": {"num_steps": 100, "targets": 9},
+        "square": {"num_queries": 5000},
+    }
+)
+
+
+_MAX_PASSES: Mapping[str, int] = MappingProxyType(
+    {"apgd_ce": 202, "apgd_dlr": 202, "apgd_t": 1818, "fab_t": 2700, "square": 5003}
+)
+
+
+def _parameters(attack: object) -> dict[str, float | int | str | bool]:
+    return {k: v for k, v in vars(attack).items() if isinstance(v, int | float | str)}

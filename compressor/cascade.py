@@ -1,0 +1,276 @@
+"""One attack on some images, and what it did to each of them.
+
+N images, K classes.
+"""
+
+import base64
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from compressor.attacks.protocol import Model
+from compressor.attacks.search import by_logits
+from compressor.attacks.stages import Stage
+from compressor.data import Batch
+from compressor.errors import InvalidEvaluationError
+from compressor.losses import margin
+from compressor.threat import ThreatModel
+
+NUM_BISECTIONS = 8
+GALLERY_SIZE = 6
+"""Images of each group."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """The forms of one model under attack, all images [N, C, H, W] -> logits [N, K]."""
+
+    answer: Model
+    """What ships; its float32 answer alone decides whether an image is fooled."""
+    float32: Model
+    """The same function, or that of its source, with gradients."""
+    search_dtype: Model
+    """As `float32`, in the number format that searches fast."""
+
+    def watched(self, tick: Callable[[], None]) -> "Subject":
+        """The same, calling `tick` before every pass."""
+
+        def watch(model: Model) -> Model:
+            def ticking(x_NCHW: Tensor) -> Tensor:
+                tick()
+                return model(x_NCHW)
+
+            return ticking
+
+        return Subject(
+            answer=watch(self.answer),
+            float32=watch(self.float32),
+            search_dtype=watch(self.search_dtype),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """What one attack did to one image."""
+
+    place: int
+    """In the order in which images are attacked."""
+    is_fooled: bool
+    prediction: int
+    """Answered at the point found, in float32."""
+    margin: float
+    """Largest wrong logit minus the label's at the point found; above 0 where fooled."""
+    distance_pixels: float
+    """Of the point found; where fooled, drawn back towards the clean image while it still does."""
+    fools_in_8_bits: bool
+    """Also after rounding to 255 levels inside the threat model."""
+    num_forwards: int
+    num_backwards: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class GalleryEntry:
+    """An adversarial image to show."""
+
+    place: int
+    attack: str
+    adv_base64: str
+    """Its 8-bit values [C, H, W]."""
+    confidence_fraction: float
+    """Of the wrong answer."""
+    distance_pixels: float
+    margin: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What one stage did to the images of one chunk that it tried."""
+
+    chunk: int
+    stage: str
+    found: tuple[Found, ...]
+    gallery: tuple[GalleryEntry, ...]
+    duration_seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, table: dict[str, Any]) -> "Outcome":
+        """What `to_json` gave."""
+        return cls(
+            chunk=table["chunk"],
+            stage=table["stage"],
+            found=tuple(Found(**row) for row in table["found"]),
+            gallery=tuple(GalleryEntry(**entry) for entry in table["gallery"]),
+            duration_seconds=table["duration_seconds"],
+        )
+
+
+@torch.no_grad()
+def answer_clean(subject: Subject, batch: Batch, places: Tensor) -> tuple[Found, ...]:
+    """The stage before all attacks: fooled here means wrong without one."""
+    logits_NK = subject.answer(batch.x_NCHW)
+    fooled_N = by_logits(batch.x_NCHW, logits_NK, batch.y_N)
+    zeros_N = torch.zeros_like(batch.y_N)
+    columns = _Columns(
+        fooled_N=fooled_N,
+        prediction_N=logits_NK.argmax(dim=1),
+        margin_N=margin(logits_NK, batch.y_N),
+        distance_N=zeros_N.float(),
+        in_8_bits_N=fooled_N,
+        num_forwards_N=zeros_N + 1,
+        num_backwards_N=zeros_N,
+    )
+    return columns.rows(places)
+
+
+def run_stage(
+    stage: Stage, subject: Subject, batch: Batch, places: Tensor, *, seed: int
+) -> tuple[tuple[Found, ...], tuple[GalleryEntry, ...]]:
+    """Attack the images of `batch` and judge every point found by the float32 answer alone.
+
+    Args:
+        stage: the attack.
+        subject: the model.
+        batch: only images that the stage is to try.
+        places: their places in the order of the verification, int64 [N].
+        seed: of stages that draw as the released code.
+
+    Raises:
+        InvalidEvaluationError: if the attack left its threat model.
+    """
+
+    def judge(x_MCHW: Tensor, logits_MK: Tensor, y_M: Tensor) -> Tensor:
+        del logits_MK
+        with torch.no_grad():
+            return by_logits(x_MCHW, subject.answer(x_MCHW), y_M)
+
+    model = getattr(subject, stage.runs_on)
+    draws = stage.draws(batch.x_NCHW, keys_N=batch.keys_N, seed=seed)
+    is_own_judge = model is subject.answer
+    result = stage.search.search(
+        model, batch.x_NCHW, batch.y_N, draws=draws, judge=by_logits if is_own_judge else judge
+    )
+    threat = stage.search.threat
+    _refuse_outside(result.x_adv_NCHW, batch.x_NCHW, stage.name, threat)
+    with torch.no_grad():
+        logits_NK = subject.answer(result.x_adv_NCHW)
+        fooled_N = by_logits(result.x_adv_NCHW, logits_NK, batch.y_N)
+        nearest = _draw_back(subject.answer, result.x_adv_NCHW, batch, fooled_N)
+        columns = _Columns(
+            fooled_N=fooled_N,
+            prediction_N=logits_NK.argmax(dim=1),
+            margin_N=margin(logits_NK, batch.y_N),
+            distance_N=threat.length(nearest - batch.x_NCHW),
+            in_8_bits_N=_fools_in_8_bits(subject.answer, result.x_adv_NCHW, batch, threat),
+            num_forwards_N=result.num_forwards_N + 1,
+            num_backwards_N=result.num_backwards_N,
+        )
+    found = columns.rows(places)
+    confidence_N = F.softmax(logits_NK, dim=1).amax(dim=1)
+    return found, _gallery(stage.name, found, result.x_adv_NCHW, confidence_N)
+
+
+def best_of_gallery(
+    entries: list[GalleryEntry],
+) -> tuple[list[GalleryEntry], list[GalleryEntry]]:
+    """(the clearest, the closest): highest confidence in the wrong answer, smallest distance."""
+    clearest = sorted(entries, key=lambda e: (-e.confidence_fraction, e.place))
+    closest = sorted(entries, key=lambda e: (e.distance_pixels, e.place))
+    return clearest[:GALLERY_SIZE], closest[:GALLERY_SIZE]
+
+
+_FOUND_NAMES = tuple(field.name for field in fields(Found))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Columns:
+    """The fields of `Found` after its place, in their order."""
+
+    fooled_N: Tensor
+    prediction_N: Tensor
+    margin_N: Tensor
+    distance_N: Tensor
+    in_8_bits_N: Tensor
+    num_forwards_N: Tensor
+    num_backwards_N: Tensor
+
+    def rows(self, places: Tensor) -> tuple[Found, ...]:
+        columns = [places.tolist(), *(column.tolist() for column in vars(self).values())]
+        return tuple(
+            Found(**dict(zip(_FOUND_NAMES, row, strict=True))) for row in zip(*columns, strict=True)
+        )
+
+
+def _refuse_outside(x_adv_NCHW: Tensor, x_NCHW: Tensor, name: str, threat: ThreatModel) -> None:
+    is_inside_N = threat.contains(x_adv_NCHW, x_NCHW)
+    if not bool(is_inside_N.all()):
+        worst = float(threat.length(x_adv_NCHW - x_NCHW).amax())
+        raise InvalidEvaluationError(
+            f"{name} left its threat model {threat}: distance {worst:.6f}, pixels "
+            f"{float(x_adv_NCHW.amin())} to {float(x_adv_NCHW.amax())}; no number was written. "
+            "Please report it"
+        )
+
+
+def _draw_back(answer: Model, x_adv_NCHW: Tensor, batch: Batch, fooled_N: Tensor) -> Tensor:
+    """Where fooled, the fooling point nearest to the clean image found on the line to it."""
+    rows_M = fooled_N.nonzero()[:, 0]
+    nearest_NCHW = x_adv_NCHW.clone()
+    if not len(rows_M):
+        return nearest_NCHW
+    x, far, y = batch.x_NCHW[rows_M], x_adv_NCHW[rows_M], batch.y_N[rows_M]
+    low = torch.zeros(len(rows_M), 1, 1, 1, device=x.device)
+    high = torch.ones_like(low)
+    for _ in range(NUM_BISECTIONS):
+        middle = (low + high) / 2
+        point = torch.lerp(x, far, middle)
+        fools = by_logits(point, answer(point), y).view(-1, 1, 1, 1)
+        low, high = torch.where(fools, low, middle), torch.where(fools, middle, high)
+    nearest_NCHW[rows_M] = torch.lerp(x, far, high)
+    return nearest_NCHW
+
+
+def _fools_in_8_bits(
+    answer: Model, x_adv_NCHW: Tensor, batch: Batch, threat: ThreatModel
+) -> Tensor:
+    """Rounded to the nearest of 255 levels; where that leaves the ball, it does not count."""
+    rounded = (x_adv_NCHW * 255).round() / 255
+    fools_N = by_logits(rounded, answer(rounded), batch.y_N)
+    return fools_N & threat.contains(rounded, batch.x_NCHW)
+
+
+def _gallery(
+    name: str, found: tuple[Found, ...], x_adv_NCHW: Tensor, confidence_N: Tensor
+) -> tuple[GalleryEntry, ...]:
+    """Those that might be shown in the end."""
+    levels = (x_adv_NCHW * 255).round().to(torch.uint8)
+    entries = [
+        GalleryEntry(
+            place=row.place,
+            attack=name,
+            adv_base64="",
+            confidence_fraction=float(confidence_N[n]),
+            distance_pixels=row.distance_pixels,
+            margin=row.margin,
+        )
+        for n, row in enumerate(found)
+        if row.is_fooled
+    ]
+    row_of = {row.place: n for n, row in enumerate(found)}
+    clearest, closest = best_of_gallery(entries)
+    chosen = {entry.place: entry for entry in clearest + closest}
+    return tuple(
+        replace(entry, adv_base64=_base64(levels[row_of[place]]))
+        for place, entry in sorted(chosen.items())
+    )
+
+
+def _base64(levels_CHW: Tensor) -> str:
+    return base64.b64encode(levels_CHW.cpu().contiguous().numpy().tobytes()).decode()

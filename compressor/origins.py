@@ -1,0 +1,67 @@
+"""Whose image is this? Points within a threat model, back to the clean image that they are near.
+
+A search may drop, repeat and reorder its rows, and says nothing about it to the model. A model
+that answers each image by its own rule, or remembers what it was asked, has to know.
+
+N clean images, M points in a batch, C channels, H and W pixels, K classes.
+"""
+
+import torch
+from torch import Tensor
+
+from compressor.attacks.protocol import Model
+from compressor.losses import margin
+from compressor.threat import ThreatModel
+
+
+class Origins:
+    """Clean images that are so far apart that every point of the threat model has one origin.
+
+    Raises:
+        ValueError: if two images are within twice epsilon; see `distinct`.
+    """
+
+    def __init__(self, x_NCHW: Tensor, threat: ThreatModel) -> None:
+        if len(distinct(x_NCHW, threat)) < len(x_NCHW):
+            raise ValueError(f"some of {len(x_NCHW)} images are nearer than twice {threat}")
+        self.x_NCHW = x_NCHW
+        self._threat = threat
+
+    @torch.no_grad()
+    def of(self, x_MCHW: Tensor) -> Tensor:
+        """Place of the nearest clean image, int64 [M]."""
+        return _distances(x_MCHW, self.x_NCHW, self._threat).argmin(dim=1)
+
+
+class Watch:
+    """Answers as `model`, and remembers the highest margin it saw for each image.
+
+    Only points inside the threat model count.
+    """
+
+    def __init__(self, model: Model, origins: Origins, y_N: Tensor, threat: ThreatModel) -> None:
+        self._model, self._origins, self._y_N, self._threat = model, origins, y_N, threat
+        self.highest_margin_N = torch.full_like(y_N, -torch.inf, dtype=origins.x_NCHW.dtype)
+
+    def __call__(self, x_MCHW: Tensor) -> Tensor:
+        """Logits [M, K]."""
+        logits_MK = self._model(x_MCHW)
+        with torch.no_grad():
+            places_M = self._origins.of(x_MCHW)
+            margin_M = margin(logits_MK, self._y_N[places_M])
+            is_inside_M = self._threat.contains(x_MCHW, self._origins.x_NCHW[places_M])
+            margin_M = margin_M.masked_fill(~is_inside_M, -torch.inf)
+            self.highest_margin_N.scatter_reduce_(0, places_M, margin_M, reduce="amax")
+        return logits_MK
+
+
+def distinct(x_NCHW: Tensor, threat: ThreatModel) -> Tensor:
+    """Places of the images farther than twice epsilon from every image before them, int64."""
+    is_near_NN = _distances(x_NCHW, x_NCHW, threat) <= 2.01 * threat.epsilon_pixels
+    return (~is_near_NN.tril(diagonal=-1).any(dim=1)).nonzero()[:, 0]
+
+
+def _distances(x_MCHW: Tensor, x_NCHW: Tensor, threat: ThreatModel) -> Tensor:
+    order = torch.inf if threat.norm == "linf" else 2.0
+    exact = "donot_use_mm_for_euclid_dist"
+    return torch.cdist(x_MCHW.flatten(1), x_NCHW.flatten(1), p=order, compute_mode=exact)

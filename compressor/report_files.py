@@ -1,0 +1,43 @@
+"""ReportFiles: the only file that knows what a verification writes, and how its files are named."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportFiles:
+    """The files of one verification in a folder.
+
+    `label` is empty for the verification that a release is decided on (all test images, the
+    threat of the recipe, all attacks); any other has a name of its own and overwrites nothing.
+    """
+
+    folder: Path
+    label: str = ""
+
+    @property
+    def json(self) -> Path:
+        """For programs."""
+        return self._path("report", "json")
+
+    @property
+    def markdown(self) -> Path:
+        """For people, in a terminal."""
+        return self._path("report", "md")
+
+    @property
+    def html(self) -> Path:
+        """For people, in a browser or as a mail attachment."""
+        return self._path("report", "html")
+
+    @property
+    def samples(self) -> Path:
+        """One line per image."""
+        return self._path("samples", "csv")
+
+    def journal(self, plan: str) -> Path:
+        """Finished stages of a verification that has not ended."""
+        return self.folder / f".verification-{plan}.jsonl"
+
+    def _path(self, stem: str, extension: str) -> Path:
+        return self.folder / f"{'-'.join(filter(None, [stem, self.label]))}.{extension}"
