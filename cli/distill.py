@@ -111,22 +111,25 @@ def _finish(
     do_verify: bool,
     do_export: bool,
 ) -> None:
-    """The file first, so that the report can show what it costs."""
+    """The file first, so that the report can show what it costs.
+
+    Only the attacks of the papers: the whole cascade takes as long as training, and is a command.
+    """
     from cli.export import run_export
     from cli.verify import run_verify
+    from compressor.attacks.stages import PAPER_ATTACKS
     from compressor.run_directory import RunDirectory
+    from compressor.verification_request import VerificationRequest
 
     run = RunDirectory.open(run_path)
     result: dict[str, object] = {"run": str(run.path), "model": str(run.model)}
     if do_export:
         result["onnx"] = run_export(run, settings=settings, output=output)
     if do_verify:
-        result["report"] = run_verify(run, settings=settings, output=output)
+        request = VerificationRequest(
+            target=str(run.path), settings=settings, attacks=PAPER_ATTACKS
+        )
+        report, _ = run_verify(request, output)
+        result["report"] = report.model_dump(mode="json")
     output.result(result)
-    todo = "verify" if not do_verify else "export" if not do_export else None
-    if todo == "export":
-        output.next_command(f"robust-compress export {run.path} --format onnx")
-    elif todo == "verify":
-        output.next_command(f"robust-compress verify {run.path}")
-    else:
-        output.next_command(f"less {run.report_markdown()}")
+    output.next_command(f"robust-compress verify {run.path}")

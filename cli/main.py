@@ -9,6 +9,7 @@ import typer
 from cli.distill import distill
 from cli.doctor import doctor
 from cli.export import export
+from cli.gate import gate
 from cli.installation import refuse_overwritten_installation
 from cli.output import print_bug, print_error
 from cli.recipe import check
@@ -28,6 +29,7 @@ recipe_app = typer.Typer(no_args_is_help=True, help="Look at recipes.")
 
 app.command()(distill)
 app.command()(verify)
+app.command()(gate)
 app.command()(export)
 app.command()(doctor)
 app.add_typer(teacher_app, name="teacher")

@@ -1,4 +1,4 @@
-"""Live displays: a Rich bar in a terminal, plain lines elsewhere, nothing with --json."""
+"""Live display of training: Rich bars in a terminal, plain lines elsewhere, none with --json."""
 
 import sys
 import time
@@ -20,7 +20,6 @@ from cli.output import Output
 
 if TYPE_CHECKING:
     from compressor.metrics import CandidateValidated, Event, StepDone, TrainingStarted
-    from compressor.verification import VerificationProgress
 
 _PLAIN_LINE_EVERY_SECONDS = 30.0
 
@@ -35,18 +34,6 @@ def training_display(output: Output) -> Iterator["Callable[[Event], None]"]:
             yield _LiveTraining(output, progress)
     else:
         yield _PlainTraining(output)
-
-
-@contextmanager
-def verification_display(output: Output) -> Iterator["Callable[[VerificationProgress], None]"]:
-    """One bar per attack, with the share of images that still stand."""
-    if output.as_json:
-        yield lambda _: None
-    elif output.console.is_terminal:
-        with _bars(output) as progress:
-            yield _LiveVerification(progress)
-    else:
-        yield _PlainVerification(output)
 
 
 def _bars(output: Output) -> Progress:
@@ -145,31 +132,6 @@ class _PlainTraining:
             f"loss {event.values['loss_nats']:.4f}, "
             f"{event.values['speed_images_per_second']:.0f} images/s, {left_minutes:.1f} min left"
         )
-
-
-class _LiveVerification:
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
-        self._tasks: dict[str, TaskID] = {}
-
-    def __call__(self, event: "VerificationProgress") -> None:
-        if event.attack not in self._tasks:
-            task = self._progress.add_task(event.attack, total=event.num_images, note="")
-            self._tasks[event.attack] = task
-        note = f"{100 * event.num_correct / event.num_done:.1f} % stand"
-        self._progress.update(self._tasks[event.attack], completed=event.num_done, note=note)
-
-
-class _PlainVerification:
-    def __init__(self, output: Output) -> None:
-        self._output = output
-
-    def __call__(self, event: "VerificationProgress") -> None:
-        if event.num_done == event.num_images:
-            self._output.say(
-                f"{event.attack}: {event.num_correct} of {event.num_images} images stand"
-            )
-            sys.stdout.flush()
 
 
 def _validation_line(event: "CandidateValidated") -> str:

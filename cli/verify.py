@@ -1,95 +1,214 @@
-"""`robust-compress verify`: measure a trained network clean and under attack."""
+"""`robust-compress verify`: measure a model clean and under attack, and whether to believe it."""
 
+import shlex
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cli.options import DeviceOption, JsonOption, MovedDataOption, RunArgument, ThreadsOption
+from cli.options import DeviceOption, JsonOption, ThreadsOption
 from cli.output import Output
+from compressor.errors import ExitCode, InterruptedRunError, UsageError
 
 if TYPE_CHECKING:
-    from compressor.performance_settings import PerformanceSettings
     from compressor.report import RobustnessReport
-    from compressor.run_directory import RunDirectory
+    from compressor.report_files import ReportFiles
+    from compressor.verification_request import VerificationRequest
+
+EXIT_CODES = {
+    "verified": ExitCode.DONE,
+    "incomplete": ExitCode.INCONCLUSIVE,
+    "unverified": ExitCode.INVALID,
+    "invalid": ExitCode.INVALID,
+}
 
 
 def verify(
-    run_path: RunArgument,
+    target: Annotated[
+        str,
+        typer.Argument(metavar="TARGET", help="A run, ARCH:WEIGHTS, WEIGHTS or FILE.onnx."),
+    ],
+    source: Annotated[
+        str | None,
+        typer.Option(metavar="RUN", help="Of an ONNX file: what it was exported from."),
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Where the test images lie, if the run does not say it.")
+    ] = None,
+    attacks: Annotated[
+        str, typer.Option(metavar="NAMES", help="papers, autoattack, or names with commas.")
+    ] = "papers,autoattack",
+    mode: Annotated[
+        str, typer.Option(help="fast, or compat: the cascade as AutoAttack was released.")
+    ] = "fast",
+    epsilon: Annotated[
+        str | None, typer.Option(help="Radius, such as 8/255 [default: that of the run].")
+    ] = None,
+    norm: Annotated[str | None, typer.Option(help="linf or l2 [default: that of the run].")] = None,
     samples: Annotated[
         int | None, typer.Option(min=1, help="A class-balanced part of the test images.")
     ] = None,
-    data: MovedDataOption = None,
+    max_seconds: Annotated[
+        float | None, typer.Option(min=1, help="Stop the attacks after this; exit code 6.")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Images of a chunk [default: 250 if they are small].")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the order and of the attacks.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Of the report [default: the run].")
+    ] = None,
     device: DeviceOption = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="Format of the search; float32 decides: auto, float32, bfloat16.")
+    ] = "auto",
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Attack a trained network on the test images and write report.json and report.md.
+    """Attack a model on test images and write report.json, .md, .html and samples.csv.
 
-    Always float32, in eval mode, on images as they are.
+    An image counts as robust only if it stands against every attack, and the result is invalid
+    if the evaluation itself cannot be believed. Run it again after an interruption: it goes on.
 
-    Example: `robust-compress verify runs/mine --samples 1000`
+    `robust-compress verify runs/mine --samples 1000`
+
+    `robust-compress verify resnet18:weights.safetensors --data imagefolder:DATA`
+
+    `robust-compress verify runs/mine/exports/model.fp32.onnx --source runs/mine`
     """
     from cli.training import performance_settings
-    from compressor.run_directory import RunDirectory
+    from compressor.verification_request import VerificationRequest
 
     output = Output(as_json=as_json)
-    run = RunDirectory.open(run_path)
-    settings = performance_settings(device=device, dtype="auto", num_threads=threads)
-    output.result(
-        run_verify(run, settings=settings, num_images=samples, data_source=data, output=output)
+    request = VerificationRequest(
+        target=target,
+        settings=performance_settings(device=device, dtype=dtype, num_threads=threads),
+        source=source,
+        data_source=data,
+        attacks=tuple(name.strip() for name in attacks.split(",") if name.strip()),
+        mode=_choice("--mode", mode, ("fast", "compat")),
+        norm=None if norm is None else _choice("--norm", norm, ("linf", "l2")),
+        epsilon_pixels=_radius(epsilon),
+        num_images=samples,
+        batch_size=batch_size,
+        max_seconds=max_seconds,
+        seed=seed,
+        folder=out,
     )
-    output.next_command(f"robust-compress export {run.path} --format onnx")
+    report, files = run_verify(request, output)
+    output.result(report.model_dump(mode="json"))
+    output.next_command(_next(report, files, request))
+    if report.status != "verified":
+        raise typer.Exit(int(EXIT_CODES[report.status]))
 
 
 def run_verify(
-    run: "RunDirectory",
-    *,
-    settings: "PerformanceSettings",
-    num_images: int | None = None,
-    data_source: str | None = None,
-    output: Output,
-) -> dict[str, Any]:
-    """Verify with a progress display, print the tables, and return the report as plain values."""
-    from cli.progress import verification_display
-    from compressor.verification_workflow import verify_run
+    request: "VerificationRequest", output: Output
+) -> "tuple[RobustnessReport, ReportFiles]":
+    """Verify with a live display and print the tables.
 
-    with verification_display(output) as observe:
-        report = verify_run(
-            run,
-            settings=settings,
-            num_images=num_images,
-            data_source=data_source,
-            observe=observe,
-        )
+    Raises:
+        InterruptedRunError: after Ctrl-C.
+    """
+    from cli.verification_display import verification_display
+    from compressor.verification_workflow import verify as run
+
+    try:
+        with verification_display(output) as observe:
+            report, files = run(request, observe=observe, tell=lambda text: _tell(text, output))
+    except KeyboardInterrupt:
+        raise InterruptedRunError(
+            "interrupted; what is finished is kept: the same command goes on from there"
+        ) from None
     _print_report(report, output)
-    output.say(f"\nReport: {run.report_markdown(num_images)}")
-    return report.model_dump(mode="json")
+    output.say(f"\nReport: {files.html}, {files.markdown.name}, {files.json.name}")
+    output.say(f"Every image: {files.samples}")
+    return report, files
+
+
+def _tell(text: str, output: Output) -> None:
+    output.say(f"... {text}")
+
+
+def _choice(option: str, value: str, known: tuple[str, ...]) -> Any:  # noqa: ANN401 (a Literal)
+    if value not in known:
+        raise UsageError(f"{option} {value!r} is not one of {', '.join(known)}")
+    return value
+
+
+def _radius(text: str | None) -> float | None:
+    from compressor.threat import parse_fraction
+
+    if text is None:
+        return None
+    try:
+        return parse_fraction(text)
+    except ValueError as error:
+        raise UsageError(f"--epsilon: {error}") from None
+
+
+def _next(report: "RobustnessReport", files: "ReportFiles", request: "VerificationRequest") -> str:
+    if report.status == "incomplete":
+        return "the same command again"
+    if report.status == "unverified":
+        return f"robust-compress verify {shlex.quote(request.target)} --source RUN"
+    if report.status == "invalid":
+        return f"xdg-open {shlex.quote(str(files.html))}"
+    return f"robust-compress gate {shlex.quote(str(files.json))} --policy gate.toml"
 
 
 def _print_report(report: "RobustnessReport", output: Output) -> None:
-    from compressor.report import percent
-    from compressor.threat import format_pixels
+    from compressor.report import percent, w_robust_fraction
+    from compressor.threat import ThreatModel
 
-    epsilon = format_pixels(report.epsilon_pixels)
-    num_images = report.clean.num_total
-    output.title(f"{report.name}: {report.norm} {epsilon}, n = {num_images} test images")
-    rows = [("clean", report.clean, "")]
+    threat = ThreatModel(norm=report.norm, epsilon_pixels=report.epsilon_pixels)
+    output.title(f"{report.name}: {threat}, n = {report.clean.num_total} test images")
+    rows = [["clean", *_count_cells(report.clean), "", ""]]
     for attack in report.attacks:
-        rows.append((attack.name, attack.accuracy, f"{100 * attack.w_robust_fraction:.2f} %"))
-    worst = 50 * (report.clean.fraction + report.worst_case.fraction)
-    rows.append(("worst case", report.worst_case, f"{worst:.2f} %"))
-    cells = [
-        [name, percent(count), f"{100 * count.low_95:.1f} to {100 * count.high_95:.1f}", w_robust]
-        for name, count, w_robust in rows
-    ]
-    output.table(("images", "accuracy", "95 % interval", "W-Robust"), cells)
-    output.say(report.caveat)
-    print_cost(report, output)
+        tried = f"{attack.num_broken} of {attack.num_tried}"
+        own = attack.accuracy
+        shown = _count_cells(own) if own else ("", "")
+        w_robust = f"{100 * w_robust_fraction(report.clean, own):.2f} %" if own else ""
+        rows.append([attack.name, *shown, w_robust, tried])
+    if report.worst_case is not None and report.status != "invalid":
+        worst = f"{100 * w_robust_fraction(report.clean, report.worst_case):.2f} %"
+        rows.append(["worst case", *_count_cells(report.worst_case), worst, ""])
+    output.table(("images", "accuracy", "95 % interval", "W-Robust", "newly broken"), rows)
+    output.say(f"Worst case: {report.protocol}. {report.caveat}")
+    _print_validity(report, output)
+    word = report.status.upper()
+    if report.worst_case is not None and report.status in ("verified", "incomplete"):
+        word += f", {percent(report.worst_case)} of {report.worst_case.num_total} images stand"
+    output.title(f"{word}: {report.status_reason}")
+    if report.cost:
+        print_cost(report, output)
+
+
+def _count_cells(count: Any) -> tuple[str, str]:  # noqa: ANN401 (a Count; imported late)
+    from compressor.report import percent
+
+    return percent(count), f"{100 * count.low_95:.1f} to {100 * count.high_95:.1f}"
+
+
+def _print_validity(report: "RobustnessReport", output: Output) -> None:
+    by_status = {
+        status: [row for row in report.validity if row.status == status]
+        for status in ("passed", "alarm", "not_run")
+    }
+    if not report.validity:
+        return
+    counts = f"{len(by_status['passed'])} passed, {len(by_status['alarm'])} alarms"
+    output.say(f"Checks of the evaluation itself: {counts}, {len(by_status['not_run'])} not run")
+    for row in by_status["alarm"]:
+        output.say(f"  ALARM {row.name}: {row.found}; {row.threshold}. {row.advice}")
 
 
 def print_cost(report: "RobustnessReport", output: Output) -> None:
     """What compression bought, as ratios to the student."""
-    student = [row for row in report.cost if row.num_parameters is not None][-1]
+    networks = [row for row in report.cost if row.num_parameters is not None]
+    if not networks:
+        return
+    student = networks[-1]
     output.title("What compression bought (ratios to the student)")
     rows = [
         [

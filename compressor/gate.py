@@ -12,6 +12,7 @@ from functools import partial
 
 from compressor.gate_checks import check_report
 from compressor.gate_policy import GatePolicy, PolicyError
+from compressor.gate_questions import accuracy_questions, bounded_by, class_questions, looks
 from compressor.gate_result import (
     CheckResult,
     GateResult,
@@ -20,15 +21,11 @@ from compressor.gate_result import (
     exit_code_of,
 )
 from compressor.gate_rules import (
-    accuracy_questions,
-    bounded_by,
-    class_questions,
     incomplete_note,
     judge_accuracy,
     judge_classes,
     judge_cost,
     judge_drop,
-    looks,
     worst,
 )
 from compressor.paired import Comparison, compare
@@ -140,7 +137,7 @@ def _barred(bars: Sequence[CheckResult]) -> tuple[GateVerdict, str]:
 
 
 def _combined(rules: Sequence[RuleResult]) -> tuple[GateVerdict, str]:
-    verdict = worst([rule.verdict for rule in rules])
+    verdict = worst(rules)
     if verdict == "pass":
         return verdict, f"all {len(rules)} rules passed"
     decisive = [rule for rule in rules if rule.verdict == verdict]

@@ -9,6 +9,9 @@ from compressor.gate_policy import GatePolicy
 from compressor.report import RobustnessReport, read_report
 from compressor.run_directory import RunDirectory
 
+_AGAIN = "write it again with `robust-compress verify RUN`"
+_LARGEST_L2 = 1e6  # further apart than any two images
+
 
 def read_gated_report(path: Path) -> RobustnessReport:
     """The report in a file or in a run folder, from anybody.
@@ -17,17 +20,16 @@ def read_gated_report(path: Path) -> RobustnessReport:
         RunError: if there is none, or if it is damaged or contradicts itself.
     """
     if path.is_dir():
-        path = RunDirectory(path).report_json()
+        path = RunDirectory(path).report().json
     if not path.exists():
         raise RunError(f"{path} does not exist; make it with `robust-compress verify RUN`")
     try:
         report = read_report(path)
+        problem = next(_contradictions(report), None)
     except (ValueError, RecursionError) as error:  # numbers of thousands of digits, deep nesting
-        raise RunError(f"{path} is not a report: {error}") from None
-    for problem in _contradictions(report):
-        raise RunError(
-            f"{path} contradicts itself: {problem}; write it again with `robust-compress verify RUN`"
-        )
+        raise RunError(f"{path} is not a report: {error}; {_AGAIN}") from None
+    if problem is not None:
+        raise RunError(f"{path} contradicts itself: {problem}; {_AGAIN}")
     return report
 
 
@@ -43,25 +45,33 @@ def read_baseline(policy: GatePolicy) -> RobustnessReport | None:
 
 def _contradictions(report: RobustnessReport) -> Iterator[str]:
     """What the gate relies on and the report's own validation leaves open."""
+    names, labels = report.data.class_names, report.samples.label
+    num_images, num_planned = report.clean.num_total, report.data.num_planned
     for place in _non_finite(report.model_dump(exclude={"samples"}), "report"):
         yield f"{place} is not a finite number"
-    if not all(0 <= y < len(report.data.class_names) for y in report.samples.label):
-        yield "a label in samples has no class name"
-    if len(set(report.data.class_names)) != len(report.data.class_names):
-        yield "two classes have the same name"
-    if len({row.name for row in report.attacks}) != len(report.attacks):
-        yield "two attacks have the same name"
-    num_clean, num_images = report.clean.num_correct, report.clean.num_total
-    if num_images == 0 or num_images > report.data.num_planned:
-        yield f"{num_images} images of {report.data.num_planned} planned"
-    if report.epsilon_pixels <= 0:
-        yield f"epsilon_pixels is {report.epsilon_pixels}"
+    if not 0 < report.epsilon_pixels <= (1 if report.norm == "linf" else _LARGEST_L2):
+        yield f"epsilon_pixels is {report.epsilon_pixels:g}"
+    if not 0 < num_images <= num_planned:
+        yield f"it has {num_images} of {num_planned} planned images"
+    if labels and not 0 <= min(labels) <= max(labels) < len(names):
+        yield f"a label in samples has no name among {len(names)} classes"
+    for kind, some in (("classes", names), ("attacks", [row.name for row in report.attacks])):
+        if len(set(some)) != len(some):
+            yield f"two {kind} have the same name"
+    yield from _contradicting_attacks(report)
+
+
+def _contradicting_attacks(report: RobustnessReport) -> Iterator[str]:
+    """An attack alone leaves no more images than were correct and it did not break first."""
     for row in report.attacks:
-        count, most = row.accuracy, num_clean - row.num_broken
-        if count and not (count.num_total == num_images and 0 <= count.num_correct <= most):
+        count, most = row.accuracy, report.clean.num_correct - row.num_broken
+        if count is None:
+            continue
+        if count.num_total != report.clean.num_total or not 0 <= count.num_correct <= most:
             yield (
-                f"{row.name} leaves {count.num_correct} of {count.num_total} correct, but "
-                f"{num_clean} of {num_images} were and it broke {row.num_broken}"
+                f"{row.name} leaves {count.num_correct} of {count.num_total} images correct; of "
+                f"{report.clean.num_total} there were {report.clean.num_correct} before it broke "
+                f"{row.num_broken}"
             )
 
 

@@ -12,6 +12,7 @@ GateVerdict = Literal["pass", "fail", "inconclusive", "unverified", "invalid"]
 """`invalid`: the evaluation or the question is wrong, so its numbers say nothing. `unverified`:
 what the policy asks for was never attacked. Neither is ever a pass or a fail."""
 
+Outcome = Literal["pass", "fail", "inconclusive", "unverified"]
 RuleVerdict = Literal["pass", "fail", "inconclusive", "unverified", "not judged"]
 
 

@@ -43,6 +43,10 @@ _GROUPS = {
     "clearest": "The clearest: wrong with the widest margin",
     "closest": "The closest: the smallest distance",
 }
+_GALLERY_NOTE = (
+    "Shown rounded to 8 bits; distances are before rounding. The change is the adversarial image "
+    "minus the original, times the number under it; grey is no change."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,12 +112,13 @@ def to_html(
     )
     source = resources.files("compressor").joinpath("report.html.j2").read_text(encoding="utf-8")
     cards, training = _cards(report, gallery), training_figures(curves)
-    word, meaning = verdict(report)
+    word, meaning, reason = verdict(report)
     recipe = json.dumps(report.training.recipe, indent=2) if report.training else None
     text = environment.from_string(source).render(
         report=report,
         word=word,
         meaning=meaning,
+        reason=reason,
         numbers=() if report.status == "invalid" else headline(report).rows,
         setting=setting(report),
         sections=_sections(report, gallery=cards, training=training),
@@ -154,7 +159,8 @@ def _sections(
     sections = [*findings(report)]
     if gallery:
         level = 3 if report.status == "invalid" else 2
-        sections.append(Section(key="gallery", title="Images that fooled it", level=level))
+        title = "Adversarial images"
+        sections.append(Section(key="gallery", title=title, level=level, notes=(_GALLERY_NOTE,)))
     if training:
         sections.append(Section(key="curves", title="Training"))
     return [*sections, *circumstances(report)]

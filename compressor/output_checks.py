@@ -8,7 +8,7 @@ N images, C channels, H and W pixels, K classes.
 
 import copy
 import math
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -188,7 +188,7 @@ def _judge_company(model: Model, x_NCHW: Tensor, logits_NK: Tensor) -> ValidityR
         return BATCH_DEPENDENCE.not_run("two images are needed")
     halves = torch.cat([_answer(model, half) for half in x_NCHW.tensor_split(2)])
     try:
-        alone = torch.cat([_answer(model, x) for x in x_NCHW[:NUM_ALONE].split(1)])
+        alone = torch.cat([_answer(model, x) for x in torch.split(x_NCHW[:NUM_ALONE], 1)])
     except (RuntimeError, ValueError) as error:  # BatchNorm in training mode may refuse one image
         return BATCH_DEPENDENCE.judged(f"one image alone is refused: {error}", is_alarm=True)
     worst = max(_difference(logits_NK, halves), _difference(logits_NK[: len(alone)], alone))
@@ -234,7 +234,12 @@ class _GradientWatch(TorchFunctionMode):
         self.has_seen = False
 
     def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+        self,
+        func: Callable[..., object],
+        types: Iterable[type],
+        args: tuple[object, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
+        del types
         self.has_seen |= func in (torch.autograd.grad, torch.autograd.backward, Tensor.backward)
         return func(*args, **(kwargs or {}))

@@ -13,6 +13,8 @@ from compressor.proportions import Proportion, beta_cdf
 from compressor.report import RobustnessReport
 from compressor.sequential import LowerBound, upper_bound
 
+_SIGNIFICANCE = 0.05
+
 
 @dataclass(frozen=True, kw_only=True)
 class BrokenImage:
@@ -56,6 +58,11 @@ class Comparison:
     def drop_fraction(self) -> float:
         """Of worst-case accuracy; negative where the model gained."""
         return (len(self.newly_broken) - self.num_newly_fixed) / self.num_images
+
+    @property
+    def has_dropped(self) -> bool:
+        """Whether luck does not explain the drop, at the usual 5 %."""
+        return self.p_value_drop <= _SIGNIFICANCE
 
     def drop_bounds(self, confidence: float, lower_bound: LowerBound) -> tuple[float, float]:
         """One-sided bounds of the drop in the population, each at `confidence`.
@@ -113,6 +120,26 @@ def compare(report: RobustnessReport, baseline: RobustnessReport) -> Comparison:
         p_value_change=p_value_of_change(num_broken=len(broken), num_fixed=len(fixed)),
         classes=_class_drops(*counts),
     )
+
+
+def describe_comparison(comparison: Comparison) -> str:
+    """For people: what broke, whether luck explains it, and in which classes it does not."""
+    text = (
+        f"{len(comparison.newly_broken)} newly broken and {comparison.num_newly_fixed} newly fixed "
+        f"of {comparison.num_images} images; for a drop p = {comparison.p_value_drop:.2g}, for any "
+        f"change p = {comparison.p_value_change:.2g} (exact McNemar test)"
+    )
+    dropped = [row for row in comparison.classes if row.p_value_holm <= _SIGNIFICANCE]
+    if comparison.has_dropped:
+        text += "; the drop is significant"
+    if dropped:
+        names = ", ".join(
+            f"{row.label} ({row.num_newly_broken} broken, {row.num_newly_fixed} fixed of "
+            f"{row.num_images}, p = {row.p_value_holm:.2g})"
+            for row in dropped
+        )
+        text += f"; significant after Holm's correction in {names}"
+    return text
 
 
 def p_value_of_drop(*, num_broken: int, num_fixed: int) -> float:

@@ -83,7 +83,9 @@ def _rounding(report: RobustnessReport) -> Section:
             f"Cameras deliver 8 bits. {count_text(fooling)} of the adversarial images found still "
             f"fool after rounding to them, 95 % interval {count_cells(fooling)[2]}."
         )
-    return Section(key="rounding", title="Rounding to 8 bits", notes=(note,))
+    title = "Rounding to 8 bits"
+    title += ", not to be believed" if report.status == "invalid" else ""
+    return Section(key="rounding", title=title, notes=(note,))
 
 
 def _cost(report: RobustnessReport) -> Section:

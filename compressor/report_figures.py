@@ -37,7 +37,7 @@ def _curve(report: RobustnessReport) -> Picture:
     points = sorted(report.curve, key=lambda point: point.epsilon_pixels)
     unit = 1 if report.norm == "l2" else 255
     chance = 100 / max(1, len(report.data.class_names))
-    with canvas("curve", height_inches=3.3) as drawing:
+    with canvas("curve", height_inches=3.2) as drawing:
         axes = drawing.figure.subplots()
         x = [unit * point.epsilon_pixels for point in points]
         counts = [point.accuracy for point in points]
@@ -59,13 +59,14 @@ def _curve(report: RobustnessReport) -> Picture:
             linewidth=1.3,
             label="epsilon of this report",
         )
-        name = "epsilon (L2)" if report.norm == "l2" else "epsilon (255ths, L-infinity)"
+        name = "epsilon (L2)" if report.norm == "l2" else "epsilon (255ths, Linf)"
         axes.set(xlabel=name, ylabel="accuracy (%)", ylim=(0, 103))
-        drawing.figure.legend(loc="outside upper left", ncols=3)
+        handles = axes.get_legend_handles_labels()[0][::-1]
+        drawing.figure.legend(handles=handles, loc="outside upper left", ncols=2)
     said = ", ".join(f"{percent(p.accuracy)} at {radius(report, p.epsilon_pixels)}" for p in points)
     return Picture(
         svg=drawing.svg,
-        caption="Accuracy as the attacker may change more.",
+        caption=f"Accuracy as the attacker may change more, {_num_images(counts)} at each point.",
         alt=f"Accuracy against epsilon: {said}; chance is {chance:.2f} %.",
     )
 
@@ -89,7 +90,8 @@ def _attacks(report: RobustnessReport) -> Picture:
             )
         axes.set_yticks(places, [label(row.name) for row in rows])
         axes.set(xlabel="images", xlim=(0, 1.4 * max(1, report.clean.num_correct)))
-        _name_rows(axes)
+        _name_rows(axes, len(rows))
+        axes.grid(visible=False)
         drawing.figure.legend(loc="outside upper left", ncols=2)
     said = "; ".join(
         f"{row.name} broke {row.num_broken} of {row.num_tried}, {row.standing.num_correct} stand"
@@ -113,11 +115,11 @@ def _classes(report: RobustnessReport) -> Picture:
             _dots(axes, robust, offset=0.15, colour=ACCENT, name="under attack")
         axes.set_yticks(range(len(counts)), [label(name) for name, _, _ in counts])
         axes.set(xlabel="accuracy (%), 95 % interval", xlim=(-2, 102))
-        _name_rows(axes)
+        _name_rows(axes, len(counts))
         drawing.figure.legend(loc="outside upper left", ncols=2)
     return Picture(
         svg=drawing.svg,
-        caption="Accuracy of each class; the table below has the numbers.",
+        caption=f"Accuracy of each class, {_num_images(clean)} of each.",
         alt=f"Accuracy of each of {len(counts)} classes, with intervals; numbers in the table.",
     )
 
@@ -139,20 +141,21 @@ def _dots(axes: Axes, counts: Sequence[Count], *, offset: float, colour: str, na
 def _confusion(report: RobustnessReport) -> Picture:
     """One square for each pair; the darker, the more images, so that ink stays readable on it."""
     found, num_classes = confusions(report), len(report.data.class_names)
-    most = found[0][2]
-    with canvas("confusion", height_inches=0.85 * WIDTH_INCHES) as drawing:
+    most, is_wide = found[0][2], num_classes <= _MAX_WRITTEN_CLASSES
+    with canvas("confusion", height_inches=(0.92 if is_wide else 1.1) * WIDTH_INCHES) as drawing:
         axes = drawing.figure.subplots()
         for y, x, num in found:
             corner = (x - 0.5, y - 0.5)
             strength = 0.08 + 0.47 * num / most
             axes.add_patch(Rectangle(corner, 1, 1, color=ACCENT, alpha=strength, linewidth=0))
-            if num_classes <= _MAX_WRITTEN_CLASSES:
+            if is_wide:
                 axes.text(x, y, str(num), ha="center", va="center")
         names = [label(class_name(report, place)) for place in range(num_classes)]
         axes.set_xticks(range(num_classes), names, rotation=90, rotation_mode="anchor")
         for text in axes.get_xticklabels():
             text.set(horizontalalignment="right", verticalalignment="center")
         axes.set_yticks(range(num_classes), names)
+        axes.tick_params(labelsize=10 if is_wide else 7.5)
         limits = (-0.5, num_classes - 0.5)
         axes.set(xlabel="answered", ylabel="label", xlim=limits, ylim=limits[::-1])
         axes.grid(visible=False)
@@ -171,9 +174,14 @@ def _reach(counts: Sequence[Count]) -> list[list[float]]:
     return [down, [100 * max(0.0, count.high_95 - count.fraction) for count in counts]]
 
 
-def _name_rows(axes: Axes) -> None:
+def _num_images(counts: Sequence[Count]) -> str:
+    totals = sorted({count.num_total for count in counts})
+    return " to ".join(map(str, dict.fromkeys((totals[0], totals[-1])))) + " images"
+
+
+def _name_rows(axes: Axes, num_rows: int) -> None:
     """The first row on top, no marks beside the names, whole numbers below."""
-    axes.invert_yaxis()
+    axes.set_ylim(num_rows - 0.4, -0.6)
     axes.tick_params(axis="y", length=0)
     axes.grid(visible=False, axis="y")
     axes.spines["left"].set_visible(False)

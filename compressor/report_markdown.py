@@ -15,9 +15,9 @@ def to_markdown(report: RobustnessReport) -> str:
 
     Names, paths and advice come from strangers: none of them can become markup.
     """
-    word, meaning = verdict(report)
+    word, meaning, reason = verdict(report)
     facts = "\n".join(f"- {what}: {plain(value)}" for what, value in setting(report))
-    blocks = [f"# {plain(report.name)}", f"**{word}.** {meaning}", facts]
+    blocks = [f"# {plain(report.name)}", f"**{word}.** {meaning} Reason: {plain(reason)}.", facts]
     if report.status != "invalid":
         blocks.append(_table(headline(report)))
     for section in (*findings(report), *circumstances(report)):

@@ -34,7 +34,7 @@ _MEANINGS: Mapping[Status, str] = {
     "invalid": "A validity check raised an alarm: the evaluation itself may have failed, so its "
     "numbers say nothing about the model, however good they look.",
 }
-_NORM_NAMES: Mapping[Norm, str] = {"linf": "L-infinity", "l2": "L2"}
+_NORM_NAMES: Mapping[Norm, str] = {"linf": "Linf", "l2": "L2"}
 _CHECK_WORDS = {"passed": "passed", "alarm": "ALARM", "not_run": "not run"}
 
 
@@ -58,16 +58,15 @@ class Section:
     tables: tuple[Table, ...] = ()
 
 
-def verdict(report: RobustnessReport) -> tuple[str, str]:
-    """The status as a word, and what it means."""
-    return report.status.capitalize(), _MEANINGS[report.status]
+def verdict(report: RobustnessReport) -> tuple[str, str, str]:
+    """The status as a word, what it means, and why it is so here."""
+    return report.status.capitalize(), _MEANINGS[report.status], report.status_reason.rstrip(".")
 
 
 def setting(report: RobustnessReport) -> tuple[tuple[str, str], ...]:
     """(what, value): what was attacked, how, and on what."""
     num_done, data = len(report.samples.index), report.data
     return (
-        ("Reason", report.status_reason),
         ("Protocol", report.protocol),
         ("Threat", threat_text(report)),
         ("Model", f"{report.target.architecture} ({report.target.kind})"),
@@ -81,7 +80,8 @@ def headline(report: RobustnessReport) -> Table:
     rows = [("clean", *count_cells(report.clean), "")]
     if report.worst_case is not None and shows_robust(report):
         mean = percent_text(w_robust_fraction(report.clean, report.worst_case))
-        rows.append(("worst case", *count_cells(report.worst_case), mean))
+        name = f"worst case under {report.protocol}, {threat_text(report)}"
+        rows.append((name, *count_cells(report.worst_case), mean))
     header = ("images", "accuracy", "correct", "95 % interval", "W-Robust")
     return Table(align="lrrrr", header=header, rows=tuple(rows))
 
@@ -116,12 +116,12 @@ def class_name(report: RobustnessReport, place: int) -> str:
 
 
 def threat_text(report: RobustnessReport) -> str:
-    """`L-infinity, epsilon = 8/255`."""
+    """`Linf, epsilon = 8/255`."""
     return f"{_NORM_NAMES[report.norm]}, epsilon = {radius(report, report.epsilon_pixels)}"
 
 
 def radius(report: RobustnessReport, distance_pixels: float) -> str:
-    """A radius in the norm of the report: in 255ths if that is L-infinity."""
+    """A radius in the norm of the report: in 255ths if that is Linf."""
     return f"{distance_pixels:g}" if report.norm == "l2" else format_pixels(distance_pixels)
 
 
@@ -159,8 +159,17 @@ def validity_table(rows: Sequence[ValidityRow]) -> Table:
 
 
 def _alarms(report: RobustnessReport) -> Section:
-    alarms = [row for row in report.validity if row.status == "alarm"]
-    return Section(key="alarms", title="Alarms", tables=(validity_table(alarms),))
+    """In sentences: who reads on a phone must not have to look for the advice."""
+    notes = tuple(
+        f"{row.name}: {row.found} ({row.threshold}{_p_text(row)}). {row.advice}"
+        for row in report.validity
+        if row.status == "alarm"
+    )
+    return Section(key="alarms", title="Alarms", notes=notes)
+
+
+def _p_text(row: ValidityRow) -> str:
+    return "" if row.p_value is None else f", p = {row.p_value:.2g}"
 
 
 def _distrusted(report: RobustnessReport) -> Section:
@@ -242,7 +251,7 @@ def _classes(report: RobustnessReport, level: int) -> Section:
         for name, *counts in class_counts(report)
     )
     table = Table(align="l" + "r" * (len(header) - 1), header=header, rows=rows)
-    return Section(key="classes", title="Class by class", level=level, tables=(table,))
+    return Section(key="classes", title="Accuracy per class", level=level, tables=(table,))
 
 
 def _interval_cells(count: Count) -> tuple[str, str]:
@@ -259,7 +268,8 @@ def _confusion(report: RobustnessReport, level: int) -> Section | None:
         for label, answer, num in found[:MAX_CONFUSIONS]
     )
     note = f"Over the {total} images that are wrong without an attack or were broken"
-    note += f": the {len(rows)} most frequent of {len(found)} pairs of classes."
+    is_cut = len(found) > len(rows)
+    note += f": the {len(rows)} most frequent of {len(found)} pairs of classes." if is_cut else "."
     table = Table(align="llr", header=("label", "answered", "images"), rows=rows)
-    title = "What is taken for what"
+    title = "Confusion under attack"
     return Section(key="confusion", title=title, level=level, notes=(note,), tables=(table,))

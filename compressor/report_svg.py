@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 INK, ACCENT, MUTED, LINE = "#010203", "#010204", "#010205", "#010206"
 """Placeholders: text, the one accent colour, what stands back, thin lines."""
-WIDTH_INCHES = 6.2
+WIDTH_INCHES = 5.0
 
 _CSS = {
     INK: "currentColor",
@@ -30,7 +30,7 @@ _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "robust-compress",
     "text.parse_math": False,  # a class may be called $x$
-    "font.size": 10.5,
+    "font.size": 10,
     "text.color": INK,
     "axes.edgecolor": MUTED,
     "axes.labelcolor": INK,

@@ -11,7 +11,7 @@ Sources: Ville, Etude critique de la notion de collectif, 1939; Robbins, Statist
 related to the law of the iterated logarithm, Annals of Mathematical Statistics 41, 1970 (the
 mixture); Waudby-Smith and Ramdas, Estimating means of bounded random variables by betting, JRSS-B
 86, 2024. Ours: a mixture of five fixed shifts, because it is exact, monotone in p0 and short; and
-a last look, to which half of the permitted error is given. `docs/results/gate-simulation.md` has
+a last look, to which half of the permitted error is given. `docs/results/gate-designs.md` has
 what other choices would cost.
 """
 
@@ -105,9 +105,7 @@ class Look:
     def best(self) -> Proportion:
         """What there will be if every image that is not done, and not yet broken, stands."""
         num_open = self.num_planned - self.count.num_total - self.num_broken_ahead
-        return Proportion(
-            num_correct=self.count.num_correct + num_open, num_total=self.num_planned
-        )
+        return Proportion(num_correct=self.count.num_correct + num_open, num_total=self.num_planned)
 
 
 @dataclass(frozen=True, kw_only=True)

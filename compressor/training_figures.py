@@ -37,7 +37,7 @@ def _quantity(steps: Lines, quantity: str) -> Picture | None:
     found = {name: points for name in names if (points := _points(steps, name))}
     if not found:
         return None
-    with canvas(f"training-{quantity}", height_inches=3.0) as drawing:
+    with canvas(f"training-{quantity}", height_inches=2.8) as drawing:
         axes = drawing.figure.subplots()
         for name, points in found.items():
             x, y = zip(*_thinned(points), strict=True)
@@ -55,7 +55,7 @@ def _validation(rows: Lines) -> Picture | None:
     if not rows:
         return None
     num_images = rows[0]["num_validation"]
-    with canvas("training-validation", height_inches=3.0) as drawing:
+    with canvas("training-validation", height_inches=2.8) as drawing:
         axes = drawing.figure.subplots()
         for candidate, style in (("weights", "-"), ("average", "--")):
             of_candidate = [row for row in rows if row["candidate"] == candidate]
@@ -74,7 +74,7 @@ def _validation(rows: Lines) -> Picture | None:
         if best:
             axes.axvline(best[-1], color=MUTED, linewidth=1.3, linestyle=":", label="selected")
         axes.set(xlabel="epoch", ylabel=f"accuracy (%), n = {num_images}", ylim=(0, 103))
-        drawing.figure.legend(loc="outside upper left", ncols=3)
+        drawing.figure.legend(loc="outside upper left", ncols=2)
     caption = "Accuracy on held-out training images; robust is under a short PGD."
     return Picture(svg=drawing.svg, caption=caption, alt=_said(rows, best))
 

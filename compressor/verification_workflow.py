@@ -1,241 +1,181 @@
-"""verify_run: from a finished run to its report on test images."""
+"""verify: from a target to its report on test images."""
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
 
-import torch
-from torch import nn
-
-from compressor.attacks.build import evaluation_attacks
-from compressor.attacks.protocol import Attack
-from compressor.checkpoint import selected_candidate
-from compressor.cost import Latency, count_multiply_adds, measure_latencies, on_cpu
-from compressor.data import TestSplit, load_test_split
+from compressor.attacks.stages import protocol_of
+from compressor.cascade import Subject
 from compressor.environment import describe_environment
-from compressor.errors import DataError, RobustCompressError
-from compressor.networks import NetworkSpec, count_parameters, load_trained
-from compressor.onnx_model import load_onnx_model
-from compressor.performance import Performance, resolve_performance
-from compressor.performance_settings import PerformanceSettings
-from compressor.proportions import Proportion
-from compressor.recipe import Recipe, portable_dict
-from compressor.recipe_file import load_recipe
+from compressor.epsilon_curve import accuracy_curve
+from compressor.errors import BudgetSpentError
+from compressor.html_report import write_html
+from compressor.metrics import read_metrics
 from compressor.report import (
-    AttackRow,
-    CostRow,
-    Count,
-    DataFacts,
+    CurvePoint,
     RobustnessReport,
-    SelectionFacts,
-    TeacherRow,
+    Status,
+    TestFacts,
+    ValidityRow,
     write_report,
 )
-from compressor.run_directory import RunDirectory, read_facts, read_json
-from compressor.teachers import Teacher, load_teacher
-from compressor.verification import VerificationProgress, VerificationResult, verify_network
-from compressor.weights import sha256_of_file
+from compressor.report_files import ReportFiles
+from compressor.report_markdown import to_markdown
+from compressor.run_directory import write_text_atomically
+from compressor.samples import to_table, write_csv
+from compressor.teachers import Teacher
+from compressor.verification import Verification, attack_chunks
+from compressor.verification_gallery import choose_gallery, first_images
+from compressor.verification_progress import VerificationProgress
+from compressor.verification_report import (
+    attack_rows,
+    cost_rows,
+    count_standing,
+    eight_bit_facts,
+    found_teachers,
+    training_facts,
+)
+from compressor.verification_request import Prepared, VerificationRequest, prepare
+from compressor.verification_validity import check_verification
+
+NUM_CURVE_IMAGES = 200
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Verified:
-    """What the rows of a report are made from."""
-
-    recipe: Recipe
-    facts: dict[str, Any]
-    spec: NetworkSpec
-    network: nn.Module
-    split: TestSplit
-    result: VerificationResult
-
-
-def verify_run(
-    run: RunDirectory,
+def verify(
+    request: VerificationRequest,
     *,
-    settings: PerformanceSettings,
-    num_images: int | None = None,
-    data_source: str | None = None,
     observe: Callable[[VerificationProgress], None] = lambda _: None,
-) -> RobustnessReport:
-    """Attack the selected network of a run on test images and write report.json and report.md.
+    tell: Callable[[str], None] = lambda _: None,
+) -> tuple[RobustnessReport, ReportFiles]:
+    """Attack a model on test images and write its report, sample table and pages.
 
     Args:
-        run: a run whose training has ended.
-        settings: the device; the number format is always float32 here.
-        num_images: a class-balanced part of the test images, whose report has a name of its own;
-            None for all.
-        data_source: where the data lies now, if not where it was.
-        observe: told after every batch.
+        request: what is asked for. A verification that was cut off goes on where it was.
+        observe: told several times a second.
+        tell: told in words what is done after the attacks.
 
     Raises:
-        RunError: if training has not ended.
-        DataError: if the test images are not usable.
+        UsageError: if the request contradicts itself.
+        BudgetSpentError: if the budget ended before the first chunk was done.
+        RobustCompressError: if the target or the data cannot be used.
     """
-    started_at_seconds = time.perf_counter()
-    performance = Performance(device=resolve_performance(settings).device)
-    network, spec = load_trained(run)
-    recipe, facts = load_recipe(run.resolved_recipe), read_facts(run)
-    if data_source is not None:
-        data = recipe.data.model_copy(update={"source": data_source})
-        recipe = recipe.model_copy(update={"data": data})
-    selection = _selection(run, facts)
-    split = load_test_split(
-        recipe.data, settings=settings, device=performance.device, num_images=num_images
-    )
-    _refuse_other_images(split, facts)
-    attacks = evaluation_attacks(recipe.threat.build())
-    result = verify_network(network, attacks, split, performance=performance, observe=observe)
-    verified = _Verified(
-        recipe=recipe, facts=facts, spec=spec, network=network, split=split, result=result
-    )
+    prepared = prepare(request)
+    journal = prepared.journal()
+    found: Verification | None = None
+    with prepared.subject() as subject:
+        try:
+            for known in attack_chunks(
+                subject, prepared.split, prepared.plan, journal=journal, observe=observe
+            ):
+                found = known
+        except BudgetSpentError as error:
+            if found is None:
+                raise BudgetSpentError(
+                    f"{error} before the first {prepared.plan.batch_size} images were done; what "
+                    "is finished is kept: run the same command again, or give --batch-size a "
+                    "smaller number"
+                ) from None
+        assert found is not None  # noqa: S101
+        report = conclude(prepared, subject, found, tell=tell)
+    if found.is_complete:
+        journal.remove()
+    return report, prepared.files
+
+
+def conclude(
+    prepared: Prepared,
+    subject: Subject,
+    found: Verification,
+    *,
+    tell: Callable[[str], None] = lambda _: None,
+) -> RobustnessReport:
+    """Check the evaluation, measure costs, and write everything that people and programs read."""
+    target, model, split = prepared.target, prepared.model, prepared.split
+    teachers: list[Teacher] = []
+    if target.recipe is not None and target.facts is not None:
+        teachers = found_teachers(target.recipe, target.facts, class_names=split.class_names)
+    validity: tuple[ValidityRow, ...] = ()
+    curve: tuple[CurvePoint, ...] = ()
+    if prepared.stages:
+        tell("checking that the evaluation can be believed")
+        validity = check_verification(prepared, subject, found, teachers=teachers)
+        tell("measuring accuracy at other radii")
+        batch = first_images(prepared.split, prepared.plan, num_images=NUM_CURVE_IMAGES)
+        curve = accuracy_curve(
+            subject, batch, found.samples[: len(batch.y_N)], threat=prepared.threat
+        )
+    tell("measuring latency")
+    cost = cost_rows(target, model, teachers)
+    status, reason = _status(prepared, found, validity)
+    names = [stage.name for stage in prepared.stages]
     report = RobustnessReport(
-        name=recipe.name,
-        recipe_id=recipe.recipe_id,
-        recipe=portable_dict(recipe),
-        architecture=f"{spec.architecture}, width {spec.width:g}",
-        model_sha256=sha256_of_file(run.model),
-        norm=recipe.threat.norm,
-        epsilon_pixels=recipe.threat.epsilon_pixels,
-        data=_data_facts(verified),
-        selection=selection,
-        teachers=tuple(TeacherRow.model_validate(row) for row in facts["teachers"]),
-        clean=Count.of(result.clean),
-        attacks=tuple(_attack_row(name, attack, result) for name, attack in attacks.items()),
-        worst_case=Count.of(result.worst_case),
-        cost=tuple(_cost_rows(run, verified)),
-        environment=describe_environment(performance),
-        training_environment=read_json(run.environment),
-        duration_seconds=time.perf_counter() - started_at_seconds,
+        name=target.name,
+        status=status,
+        status_reason=reason,
+        protocol=protocol_of(names, prepared.request.mode) if names else "no attack",
+        target=model.facts,
+        norm=prepared.threat.norm,
+        epsilon_pixels=prepared.threat.epsilon_pixels,
+        seed=prepared.plan.seed,
+        data=TestFacts(
+            source=prepared.data_kind,
+            class_names=split.class_names,
+            content_sha256=split.content_sha256,
+            index_sha256=split.index_sha256,
+            num_planned=found.num_planned,
+        ),
+        clean=count_standing(found.samples, after=()),
+        attacks=attack_rows(found, prepared.stages),
+        worst_case=(
+            count_standing(found.samples, after=names) if _has_white_box(prepared) else None
+        ),
+        eight_bit=eight_bit_facts(found.samples) if names else None,
+        curve=curve,
+        validity=validity,
+        samples=to_table(found.samples),
+        training=training_facts(target),
+        cost=cost,
+        environment=describe_environment(prepared.performance),
+        duration_seconds=time.perf_counter() - prepared.started_at_seconds,
     )
-    write_report(
-        report, json_path=run.report_json(num_images), markdown_path=run.report_markdown(num_images)
-    )
+    _write(report, prepared, subject, found)
     return report
 
 
-def _attack_row(name: str, attack: Attack, result: VerificationResult) -> AttackRow:
-    found = result.attacks[name]
-    parameters = {
-        key: value for key, value in vars(attack).items() if isinstance(value, int | float | str)
-    }
-    return AttackRow(
-        name=name,
-        parameters=parameters,
-        accuracy=Count.of(found.accuracy),
-        w_robust_fraction=(result.clean.fraction + found.accuracy.fraction) / 2,
-        duration_seconds=found.duration_seconds,
-    )
+def _write(
+    report: RobustnessReport, prepared: Prepared, subject: Subject, found: Verification
+) -> None:
+    """The JSON last: where it is, the others are too."""
+    files = prepared.files
+    gallery = choose_gallery(prepared.split, prepared.plan, found, answer=subject.answer)
+    run = prepared.target.run
+    curves = read_metrics(run) if run is not None else []
+    write_csv(files.samples, found.samples, [stage.name for stage in prepared.stages])
+    write_text_atomically(files.markdown, to_markdown(report))
+    write_html(files.html, report, gallery=gallery, curves=curves)
+    write_report(report, files.json)
 
 
-def _selection(run: RunDirectory, facts: dict[str, Any]) -> SelectionFacts:
-    best = selected_candidate(run)
-    total = best.num_validation
-    return SelectionFacts(
-        epoch=best.epoch,
-        candidate=best.candidate,
-        attack=facts["selection_attack"],
-        clean=Count.of(Proportion(num_correct=best.clean_correct, num_total=total)),
-        robust=Count.of(Proportion(num_correct=best.robust_correct, num_total=total)),
-    )
-
-
-def _data_facts(verified: _Verified) -> DataFacts:
-    facts, split = verified.facts, verified.split
-    return DataFacts(
-        source=portable_dict(verified.recipe)["data"]["source"],
-        class_names=split.class_names,
-        training_content_sha256=facts["training_content_sha256"],
-        num_training=facts["num_training"],
-        num_validation=facts["num_validation"],
-        validation_index_sha256=facts["validation_index_sha256"],
-        test_content_sha256=split.content_sha256,
-        num_test=split.num_images,
-        test_index_sha256=split.index_sha256,
-    )
-
-
-def _refuse_other_images(split: TestSplit, facts: dict[str, Any]) -> None:
-    have = (list(split.class_names), list(split.image_shape))
-    want = (facts["class_names"], facts["image_shape"])
-    if have != want:
-        raise DataError(
-            f"the test images have shape {have[1]} and the classes {have[0][:5]}..., the run was "
-            f"trained on {want[1]} and {want[0][:5]}...; give the data of the run with --data"
+def _status(
+    prepared: Prepared, found: Verification, validity: Sequence[ValidityRow]
+) -> tuple[Status, str]:
+    alarms = [row.name for row in validity if row.status == "alarm"]
+    num_done, num_planned = len(found.samples), found.num_planned
+    if alarms:
+        return "invalid", f"validity checks raised an alarm: {', '.join(alarms)}"
+    if prepared.model.network is None:
+        return "unverified", (
+            "an ONNX file has no gradient, so no white-box attack was possible; give the run it "
+            "was exported from with --source"
         )
+    if not _has_white_box(prepared):
+        return "unverified", "no white-box attack was run"
+    if not found.is_complete:
+        return "incomplete", (
+            f"the budget ended after {num_done} of {num_planned} images, a random part of them; "
+            "the same command goes on from here"
+        )
+    return "verified", f"all {num_planned} images went through all attacks, and no check objects"
 
 
-def _cost_rows(run: RunDirectory, verified: _Verified) -> list[CostRow]:
-    """Teachers that can still be found, the student, and the exported file if there is one."""
-    shape = verified.spec.image_shape
-    teachers = list(_found_teachers(verified))
-    networks = {_unique(t, teachers): t.network for t in teachers if t.network is not None}
-    student = f"student {verified.spec.architecture}"
-    networks[student] = verified.network  # type: ignore[assignment]
-    num_bytes = {name: _state_bytes(net) for name, net in networks.items() if net is not None}
-    num_bytes |= {_unique(t, teachers): t.num_bytes for t in teachers if t.network is None}
-    models: dict[str, Callable[[Any], Any]] = {n: on_cpu(net) for n, net in networks.items() if net}
-    models |= {_unique(t, teachers): t.answer for t in teachers if t.network is None}
-    onnx = run.onnx("fp32")
-    if onnx.is_file() and _is_export_of(run, verified.facts["model_sha256"]):
-        models[onnx.name] = load_onnx_model(onnx, num_threads=torch.get_num_threads())
-        num_bytes[onnx.name] = onnx.stat().st_size
-    latencies = measure_latencies(models, shape)
-    rows = []
-    for name, latency in latencies.items():
-        network = networks.get(name)
-        rows.append(_cost_row(name, latency, network, shape=shape, num_bytes=num_bytes[name]))
-    return rows
-
-
-def _state_bytes(network: nn.Module) -> int:
-    """Of parameters and buffers, whatever else a file of weights may hold."""
-    return sum(t.numel() * t.element_size() for t in network.state_dict().values())
-
-
-def _is_export_of(run: RunDirectory, model_sha256: str) -> bool:
-    return bool(read_json(run.onnx_verification("fp32"))["source_sha256"] == model_sha256)
-
-
-def _cost_row(
-    name: str,
-    latency: Latency,
-    network: nn.Module | None,
-    *,
-    shape: tuple[int, int, int],
-    num_bytes: int,
-) -> CostRow:
-    return CostRow(
-        name=name,
-        num_parameters=count_parameters(network) if network is not None else None,
-        num_multiply_adds=count_multiply_adds(network, shape) if network is not None else None,
-        num_bytes=num_bytes,
-        latency_ms=latency.median_ms,
-        latency_low_ms=latency.low_ms,
-        latency_high_ms=latency.high_ms,
-    )
-
-
-def _found_teachers(verified: _Verified) -> list[Teacher]:
-    """A teacher that has moved or changed since training has no row; its accuracy has one."""
-    known = {row["sha256"] for row in verified.facts["teachers"]}
-    found = []
-    for table in verified.recipe.teachers:
-        try:
-            teacher = load_teacher(
-                table,
-                class_names=verified.split.class_names,
-                image_shape=verified.spec.image_shape,
-            )
-        except RobustCompressError:
-            continue
-        if teacher.sha256 in known:
-            found.append(teacher)
-    return found
-
-
-def _unique(teacher: Teacher, teachers: Sequence[Teacher]) -> str:
-    kind = teacher.spec.architecture if teacher.spec is not None else "onnx"
-    name = f"{teacher.role} teacher {kind}"
-    is_only_one = sum(t.role == teacher.role for t in teachers) == 1
-    return name if is_only_one else f"{name} {teacher.sha256[:6]}"
+def _has_white_box(prepared: Prepared) -> bool:
+    return any(stage.kind == "white-box" for stage in prepared.stages)

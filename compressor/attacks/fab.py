@@ -61,7 +61,7 @@ class FAB:
         *,
         owner_N: Tensor,
         draws: Draws,
-        judge: Judge,
+        judge: Judge = by_logits,
     ) -> SearchResult:
         """Push every row towards its target class; any wrong answer within epsilon counts.
 

@@ -92,7 +92,7 @@ def tiled_bumps(x_MCHW: Tensor, *, threat: ThreatModel, draws: Draws) -> Tensor:
     """
     num_channels, height, width = x_MCHW.shape[1:]
     side = max(min(height // _NUM_TILES_ACROSS, width), 1)
-    first = height % _NUM_TILES_ACROSS // 2
+    first = height % _NUM_TILES_ACROSS // 2 if height >= _NUM_TILES_ACROSS else 0
     change = torch.zeros_like(x_MCHW)
     for i in range(height // side):
         for j in range(width // side):

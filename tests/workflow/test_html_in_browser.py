@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import os
+import select
 import shutil
 import subprocess
 from itertools import count
@@ -13,11 +14,12 @@ import pytest
 from PIL import Image
 
 from compressor.html_report import GalleryImage, write_html
-from compressor.report import ValidityRow
+from compressor.report import RobustnessReport, ValidityRow
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)
 WIDTHS_PIXELS = (320, 390, 820, 1400)
+TIMEOUT_SECONDS = 20
 
 pytestmark = [
     pytest.mark.workflow,
@@ -91,11 +93,115 @@ class Browser:
 
     def _receive(self):
         while b"\0" not in self._buffer:
-            part = os.read(self._from, 1 << 20)
-            assert part, "the browser went away"
+            is_there, _, _ = select.select([self._from], [], [], TIMEOUT_SECONDS)
+            part = os.read(self._from, 1 << 20) if is_there else b""
+            assert part, "the browser went away, or says nothing"
             self._buffer += part
         line, _, self._buffer = self._buffer.partition(b"\0")
         answer = json.loads(line)
         if "method" in answer:
             self.events.append(answer)
         return answer
+
+
+POISON = '"><script>hacked=1</script><img src=x onerror=hacked=1>'
+TROUBLE = {"Log.entryAdded", "Runtime.consoleAPICalled", "Runtime.exceptionThrown"}
+STATUSES = ("verified", "incomplete", "unverified", "invalid")
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    opened = Browser(tmp_path_factory.mktemp("profile"))
+    yield opened
+    opened.close()
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory, make_report):
+    """One page for each status, with a gallery, curves and a name that is long."""
+    folder = tmp_path_factory.mktemp("pages")
+    levels = np.arange(192, dtype=np.uint8).reshape(8, 8, 3)
+    image = GalleryImage(
+        group="closest",
+        index=1,
+        label=1,
+        attack="pgd_sat",
+        clean_HWC=levels,
+        adv_HWC=levels + 8,
+        clean_confidence_fraction=0.9,
+        adv_confidence_fraction=0.8,
+        adv_prediction=2,
+        distance_pixels=8 / 255,
+        margin=-1.0,
+    )
+    lines = [{"kind": "step", "step": step, "loss_nats": 1 / step} for step in (1, 2, 3)]
+    alarm = ValidityRow(
+        name="zero_gradient",
+        status="alarm",
+        found="9 of 10",
+        threshold="alarm above 1 %",
+        p_value=None,
+        advice="a very long advice " * 20,
+    )
+    for status in STATUSES:
+        changes = {"validity": (alarm,)} if status == "invalid" else {}
+        report = make_report(status=status, name="a_long_name_without_spaces_" * 6, **changes)
+        write_html(folder / f"{status}.html", report, gallery=[image], curves=lines)
+    return folder
+
+
+@pytest.mark.parametrize("width_pixels", WIDTHS_PIXELS)
+@pytest.mark.parametrize("status", STATUSES)
+def test_page_fits_and_is_quiet(status, width_pixels, browser, pages):
+    page = pages / f"{status}.html"
+    browser.open(page, width_pixels=width_pixels)
+    assert browser.evaluate("document.documentElement.scrollWidth") <= width_pixels
+    word = "document.querySelector('.verdict .word')"
+    assert browser.evaluate(f"{word}.textContent") == status.capitalize()
+    assert browser.evaluate(f"{word}.getBoundingClientRect().bottom") < 800
+    assert [event for event in browser.events if event["method"] in TROUBLE] == []
+    asked = [
+        event["params"]["request"]["url"]
+        for event in browser.events
+        if event["method"] == "Network.requestWillBeSent"
+    ]
+    assert [url for url in asked if not url.startswith("data:")] == [page.as_uri()]
+    assert browser.evaluate("[...document.images].every(image => image.naturalWidth == 8)")
+
+
+def test_page_follows_the_taste_of_its_reader(browser, pages):
+    """The page, and the figures in it."""
+    found = {}
+    for scheme in ("light", "dark"):
+        browser.open(pages / "verified.html", width_pixels=390, scheme=scheme)
+        shot = Image.open(io.BytesIO(browser.screenshot())).convert("L")
+        text = "getComputedStyle(document.querySelector('svg text')).fill"
+        found[scheme] = (shot.getpixel((2, 2)), browser.evaluate(text))
+        assert shot.width == 390
+    assert found["light"][0] > 240
+    assert found["dark"][0] < 40
+    assert found["light"][1] != found["dark"][1]
+
+
+def test_tables_scroll_in_their_own_box(browser, pages):
+    browser.open(pages / "verified.html", width_pixels=320)
+    boxes = "[...document.querySelectorAll('.scroll')]"
+    assert browser.evaluate(f"{boxes}.some(box => box.scrollWidth > box.clientWidth)")
+    assert browser.evaluate(f"{boxes}.every(box => getComputedStyle(box).overflowX == 'auto')")
+
+
+def test_nothing_of_strangers_runs(browser, make_report, tmp_path):
+    table = make_report().model_dump(mode="json")
+    table |= {"name": POISON, "status_reason": POISON, "protocol": POISON, "caveat": POISON}
+    table["data"]["class_names"] = [f"{POISON}{place}" for place in range(4)]
+    table["environment"][POISON] = POISON
+    report = RobustnessReport.model_validate(table)
+    write_html(tmp_path / "report.html", report, gallery=[], curves=[])
+    without_policy = (tmp_path / "report.html").read_text().replace("Content-Security-Policy", "")
+    (tmp_path / "open.html").write_text(without_policy)
+    for name in ("report.html", "open.html"):
+        browser.open(tmp_path / name, width_pixels=390)
+        assert browser.evaluate("typeof hacked") == "undefined"
+        assert browser.evaluate("document.scripts.length + document.images.length") == 0
+        assert browser.evaluate("document.querySelector('h1').textContent") == POISON
+        assert [event for event in browser.events if event["method"] in TROUBLE] == []

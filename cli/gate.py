@@ -1,0 +1,191 @@
+"""`robust-compress gate`: is this student robust enough to ship?"""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cli.options import DeviceOption, JsonOption, MovedDataOption, ThreadsOption
+from cli.output import Output
+from compressor.errors import UsageError
+
+if TYPE_CHECKING:
+    from compressor.gate_policy import GatePolicy
+    from compressor.gate_result import GateResult
+
+
+def gate(
+    target: Annotated[
+        Path | None,
+        typer.Argument(metavar="REPORT|RUN", help="A report.json, or a run that has one."),
+    ] = None,
+    policy_path: Annotated[
+        Path | None, typer.Option("--policy", metavar="FILE", help="The rules, in TOML.")
+    ] = None,
+    baseline: Annotated[
+        Path | None,
+        typer.Option(metavar="REPORT|RUN", help="What ships now, to compare image by image."),
+    ] = None,
+    inconclusive: Annotated[
+        str | None,
+        typer.Option(metavar="fail|inconclusive|warn", help="Exit with 3, 6 or 0 if undecided."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the result as JSON.")
+    ] = None,
+    junit: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write it as JUnit XML.")
+    ] = None,
+    sarif: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write it as SARIF, for code scanning.")
+    ] = None,
+    summary: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write it as Markdown, for a job page.")
+    ] = None,
+    live: Annotated[
+        bool, typer.Option("--live", help="Attack the run now, and stop once it is decided.")
+    ] = False,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="With --live: at most so many test images.")
+    ] = None,
+    max_seconds: Annotated[
+        float | None, typer.Option(min=0.001, help="With --live: at most so long.")
+    ] = None,
+    data: MovedDataOption = None,
+    device: DeviceOption = "auto",
+    threads: ThreadsOption = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Say how many images a decision will need, and end.")
+    ] = False,
+    assume: Annotated[
+        float, typer.Option(min=0, max=1, help="With --plan and no report: the true accuracy.")
+    ] = 0.45,
+    as_json: JsonOption = False,
+) -> None:
+    """Judge a report by a policy: PASS (0), FAIL (3), INCONCLUSIVE (6), INVALID (7).
+
+    A limit is passed only if the exact lower bound of the population accuracy reaches it.
+
+    Example: `robust-compress gate runs/mine --policy examples/gate.toml --junit gate.xml`
+    """
+    from cli.gate_display import print_result
+
+    if policy_path is None:
+        raise UsageError("--policy FILE is missing; start from examples/gate.toml")
+    policy = _policy(policy_path, baseline=baseline, inconclusive=inconclusive)
+    output = Output(as_json=as_json)
+    if plan:
+        _plan(target, policy, assumed_accuracy=assume, output=output)
+        return
+    if target is None:
+        raise UsageError("which REPORT or RUN? Only --plan does without one")
+    if not live and (samples is not None or max_seconds is not None):
+        raise UsageError("--samples and --max-seconds are for --live; a report is judged as it is")
+    if live:
+        result = _attack(
+            target,
+            policy,
+            samples=samples,
+            max_seconds=max_seconds,
+            data_source=data,
+            device=device,
+            threads=threads,
+            output=output,
+        )
+    else:
+        result = _judge(target, policy)
+    _write(result, policy_path, out=out, junit=junit, sarif=sarif, summary=summary)
+    output.result(result.model_dump(mode="json", by_alias=True))
+    print_result(result, target=target, policy_path=policy_path, output=output)
+    raise typer.Exit(result.exit_code)
+
+
+def _policy(path: Path, *, baseline: Path | None, inconclusive: str | None) -> "GatePolicy":
+    from compressor.gate_policy import load_policy, with_baseline
+
+    policy = load_policy(path)
+    if baseline is not None:
+        policy = with_baseline(policy, baseline)
+    if inconclusive is None:
+        return policy
+    if inconclusive not in {"fail", "inconclusive", "warn"}:
+        raise UsageError(f"--inconclusive {inconclusive!r} is not one of fail, inconclusive, warn")
+    return policy.model_copy(update={"inconclusive": inconclusive})
+
+
+def _judge(target: Path, policy: "GatePolicy") -> "GateResult":
+    from compressor.gate import judge
+    from compressor.gate_input import read_baseline, read_gated_report
+
+    return judge(read_gated_report(target), policy, baseline=read_baseline(policy))
+
+
+def _attack(
+    target: Path,
+    policy: "GatePolicy",
+    *,
+    samples: int | None,
+    max_seconds: float | None,
+    data_source: str | None,
+    device: str,
+    threads: int | None,
+    output: Output,
+) -> "GateResult":
+    from cli.training import performance_settings
+    from cli.verification_display import verification_display
+    from compressor.gate_workflow import gate_live
+    from compressor.run_directory import RunDirectory
+
+    with verification_display(output) as observe:
+        return gate_live(
+            RunDirectory.open(target),
+            policy,
+            settings=performance_settings(device=device, dtype="auto", num_threads=threads),
+            num_images=samples or policy.budget.max_samples,
+            max_seconds=max_seconds or policy.budget.max_seconds,
+            data_source=data_source,
+            observe=observe,
+        )
+
+
+def _plan(
+    target: Path | None, policy: "GatePolicy", *, assumed_accuracy: float, output: Output
+) -> None:
+    from cli.gate_display import print_plan
+    from compressor.gate_input import read_gated_report
+    from compressor.gate_plan import image_cost, plan_rules
+
+    report = None if target is None else read_gated_report(target)
+    plans = plan_rules(policy, report=report, assumed_accuracy=assumed_accuracy)
+    cost = image_cost(report, accuracy=assumed_accuracy)
+    output.result({"rules": [asdict(plan) for plan in plans], "cost_per_image": asdict(cost)})
+    print_plan(plans, cost, output)
+
+
+def _write(
+    result: "GateResult",
+    policy_path: Path,
+    *,
+    out: Path | None,
+    junit: Path | None,
+    sarif: Path | None,
+    summary: Path | None,
+) -> None:
+    """What was asked for. Alerts of SARIF point to the policy, by its place in the checkout."""
+    from compressor.run_directory import write_json_atomically, write_text_atomically
+
+    if out is not None:
+        write_json_atomically(out, result.model_dump(mode="json", by_alias=True))
+    if junit is None and sarif is None and summary is None:
+        return
+    from compressor.gate_outputs import to_junit, to_sarif, to_summary
+
+    if junit is not None:
+        write_text_atomically(junit, to_junit(result))
+    if sarif is not None:
+        here, policy = Path.cwd(), policy_path.absolute()
+        place = policy.relative_to(here) if policy.is_relative_to(here) else Path(policy.name)
+        write_json_atomically(sarif, to_sarif(result, policy_uri=place.as_posix()))
+    if summary is not None:
+        write_text_atomically(summary, to_summary(result))

@@ -1,0 +1,144 @@
+"""What the released AutoAttack says about a small robust network, image by image.
+
+Run it to train the network and to write `autoattack_network.safetensors` and
+`autoattack_flags.json` beside it; a minute on one core:
+
+    python tests/golden/make_autoattack_flags.py
+
+The reference is pyautoattack 0.2.0, the released code of Croce and Hein, "Reliable evaluation of
+adversarial robustness with an ensemble of diverse parameter-free attacks", ICML 2020.
+
+N images, C channels, H and W pixels.
+"""
+
+import json
+from importlib.metadata import version
+from pathlib import Path
+
+import pyautoattack
+import torch
+import torch.nn.functional as F
+
+from compressor.attacks.pgd import PGD
+from compressor.data import (
+    Augmentation,
+    evaluation_batches,
+    load_test_split,
+    load_training_data,
+    training_batches,
+)
+from compressor.networks import NetworkSpec, build_classifier, load_classifier, save_classifier
+from compressor.performance_settings import PerformanceSettings
+from compressor.recipe import DataRecipe
+from compressor.threat import ThreatModel
+from compressor.verification import verification_order
+
+HERE = Path(__file__).parent
+NETWORK, FLAGS = HERE / "autoattack_network.safetensors", HERE / "autoattack_flags.json"
+THREATS = {
+    "linf": ThreatModel(norm="linf", epsilon_pixels=0.15),
+    "l2": ThreatModel(norm="l2", epsilon_pixels=0.7),
+}
+REFERENCE_NAMES = {
+    "apgd_ce": "apgd-ce",
+    "apgd_t": "apgd-t",
+    "fab_t": "fab-t",
+    "square": "square",
+    "linf": "Linf",
+    "l2": "L2",
+}
+"""What the released code calls them."""
+ATTACKS = ("apgd_ce", "apgd_t", "fab_t", "square")
+NUM_IMAGES, SEED = 64, 0
+NUM_EPOCHS, BATCH_SIZE, LEARNING_RATE = 8, 64, 0.2
+TRAINING_THREAT = ThreatModel(epsilon_pixels=0.1)
+DATA = DataRecipe(source="digits", validation_size=100)
+CPU = torch.device("cpu")
+
+
+def load_split():
+    """The test images that the flags are about."""
+    return load_test_split(
+        DATA, settings=PerformanceSettings(), device=CPU, num_images=NUM_IMAGES, seed=SEED
+    )
+
+
+def load_images(split):
+    """All of them in one batch, in the order of a verification."""
+    order_N = verification_order(split, seed=SEED)
+    (batch,) = evaluation_batches(split, batch_size=NUM_IMAGES, seed=SEED, order_N=order_N)
+    return batch
+
+
+def load_network():
+    """Its logits of images in the memory layout that the released code has."""
+    classifier, _ = load_classifier(NETWORK)
+    return lambda x_NCHW: classifier(x_NCHW.contiguous())
+
+
+def reference_attack(model, norm):
+    """Standard AutoAttack; the caller shields the global generator and `sys.settrace`."""
+    return pyautoattack.AutoAttack(
+        model, norm=REFERENCE_NAMES[norm], eps=THREATS[norm].epsilon_pixels, seed=SEED
+    )
+
+
+def reference_broken_by(model, x_NCHW, y_N, *, norm, attacks=ATTACKS):
+    """The first attack that breaks each image, `clean`, or None where it stands."""
+    with torch.no_grad():
+        is_wrong_N = model(x_NCHW).argmax(dim=1) != y_N
+    broken_by = ["clean" if is_wrong else None for is_wrong in is_wrong_N.tolist()]
+    reference = reference_attack(model, norm)
+    for number in range(1, len(attacks) + 1):
+        reference.attacks_to_run = [REFERENCE_NAMES[name] for name in attacks[:number]]
+        _, answer_N = reference.run_standard_evaluation(x_NCHW, y_N)
+        for place in (answer_N != y_N).nonzero()[:, 0].tolist():
+            broken_by[place] = broken_by[place] or attacks[number - 1]
+    return broken_by
+
+
+def train_network():
+    """A few epochs of adversarial training (Madry et al., ICLR 2018), and how to build it."""
+    data = load_training_data(DATA, seed=SEED, settings=PerformanceSettings(), device=CPU)
+    spec = NetworkSpec(architecture="tiny", width=0.5, num_classes=10, image_shape=(1, 8, 8))
+    network = build_classifier(spec, seed=SEED)
+    attack = PGD(
+        threat=TRAINING_THREAT, step_size_pixels=TRAINING_THREAT.epsilon_pixels / 3, num_steps=5
+    )
+    optimizer = torch.optim.SGD(network.parameters(), lr=LEARNING_RATE, momentum=0.9)
+    num_steps = NUM_EPOCHS * (data.train.num_images // BATCH_SIZE)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, total_iters=num_steps)
+    plain = Augmentation(crop_padding_pixels=0, horizontal_flip=False)
+    for epoch in range(NUM_EPOCHS):
+        for batch in training_batches(
+            data.train, batch_size=BATCH_SIZE, seed=SEED, epoch=epoch, augment=plain
+        ):
+            x_adv = attack(network.eval(), batch.x_NCHW, batch.y_N, keys_N=batch.keys_N)
+            optimizer.zero_grad()
+            F.cross_entropy(network.train()(x_adv), batch.y_N).backward()
+            optimizer.step()
+            schedule.step()
+    return network.eval(), spec
+
+
+def main():
+    torch.set_num_threads(1)
+    network, spec = train_network()
+    save_classifier(NETWORK, network, spec, {})
+    split = load_split()
+    batch, model = load_images(split), load_network()
+    x = batch.x_NCHW.contiguous()
+    flags = {
+        "reference": f"pyautoattack {version('pyautoattack')}",
+        "seed": SEED,
+        "content_sha256": split.content_sha256,
+        "index": batch.index_N.tolist(),
+        "broken_by": {
+            norm: reference_broken_by(model, x, batch.y_N, norm=norm) for norm in THREATS
+        },
+    }
+    FLAGS.write_text(json.dumps(flags, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
