@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from compressor.attacks.stages import protocol_of
 from compressor.cascade import Subject
@@ -11,6 +12,7 @@ from compressor.errors import BudgetSpentError
 from compressor.html_report import write_html
 from compressor.metrics import read_metrics
 from compressor.report import (
+    CostRow,
     CurvePoint,
     RobustnessReport,
     Status,
@@ -81,64 +83,93 @@ def verify(
     return report, prepared.files
 
 
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """What a report says beside the attacks; empty where it is not known yet."""
+
+    validity: Sequence[ValidityRow] = ()
+    curve: Sequence[CurvePoint] = ()
+    cost: Sequence[CostRow] = ()
+
+
 def conclude(
     prepared: Prepared,
     subject: Subject,
     found: Verification,
     *,
     tell: Callable[[str], None] = lambda _: None,
+    ended_because: str = "the budget ended",
 ) -> RobustnessReport:
-    """Check the evaluation, measure costs, and write everything that people and programs read."""
-    target, model, split = prepared.target, prepared.model, prepared.split
-    teachers: list[Teacher] = []
-    if target.recipe is not None and target.facts is not None:
-        teachers = found_teachers(target.recipe, target.facts, class_names=split.class_names)
+    """Check the evaluation, measure costs, and write everything that people and programs read.
+
+    Args:
+        prepared: what was to be done.
+        subject: the model, still in eval mode.
+        found: what the attacks found.
+        tell: told in words what is done.
+        ended_because: why, if not all planned images are done.
+    """
+    teachers = teachers_of(prepared)
     validity: tuple[ValidityRow, ...] = ()
     curve: tuple[CurvePoint, ...] = ()
     if prepared.stages:
         tell("checking that the evaluation can be believed")
         validity = check_verification(prepared, subject, found, teachers=teachers)
         tell("measuring accuracy at other radii")
-        batch = first_images(prepared.split, prepared.plan, num_images=NUM_CURVE_IMAGES)
-        curve = accuracy_curve(
-            subject, batch, found.samples[: len(batch.y_N)], threat=prepared.threat
-        )
+        num_images = min(NUM_CURVE_IMAGES, len(found.samples))
+        batch = first_images(prepared.split, prepared.plan, num_images=num_images)
+        curve = accuracy_curve(subject, batch, found.samples[:num_images], threat=prepared.threat)
     tell("measuring latency")
-    cost = cost_rows(target, model, teachers)
-    status, reason = _status(prepared, found, validity)
+    cost = cost_rows(prepared.target, prepared.model, teachers)
+    evidence = Evidence(validity=validity, curve=curve, cost=cost)
+    report = describe(prepared, found, evidence=evidence, ended_because=ended_because)
+    _write(report, prepared, subject, found)
+    return report
+
+
+def teachers_of(prepared: Prepared) -> list[Teacher]:
+    """Those of the run that can still be found."""
+    recipe, facts = prepared.target.recipe, prepared.target.facts
+    if recipe is None or facts is None:
+        return []
+    return found_teachers(recipe, facts, class_names=prepared.split.class_names)
+
+
+def describe(
+    prepared: Prepared, found: Verification, *, evidence: Evidence, ended_because: str
+) -> RobustnessReport:
+    """The report of what is known."""
     names = [stage.name for stage in prepared.stages]
-    report = RobustnessReport(
-        name=target.name,
+    status, reason = _status(prepared, found, evidence.validity, ended_because)
+    has_white_box = any(stage.kind == "white-box" for stage in prepared.stages)
+    return RobustnessReport(
+        name=prepared.target.name,
         status=status,
         status_reason=reason,
         protocol=protocol_of(names, prepared.request.mode) if names else "no attack",
-        target=model.facts,
+        target=prepared.model.facts,
         norm=prepared.threat.norm,
         epsilon_pixels=prepared.threat.epsilon_pixels,
         seed=prepared.plan.seed,
         data=TestFacts(
             source=prepared.data_kind,
-            class_names=split.class_names,
-            content_sha256=split.content_sha256,
-            index_sha256=split.index_sha256,
+            class_names=prepared.split.class_names,
+            content_sha256=prepared.split.content_sha256,
+            index_sha256=prepared.split.index_sha256,
             num_planned=found.num_planned,
         ),
         clean=count_standing(found.samples, after=()),
         attacks=attack_rows(found, prepared.stages),
-        worst_case=(
-            count_standing(found.samples, after=names) if _has_white_box(prepared) else None
-        ),
+        worst_case=count_standing(found.samples, after=names) if has_white_box else None,
         eight_bit=eight_bit_facts(found.samples) if names else None,
-        curve=curve,
-        validity=validity,
+        curve=tuple(evidence.curve),
+        validity=tuple(evidence.validity),
         samples=to_table(found.samples),
-        training=training_facts(target),
-        cost=cost,
+        training=training_facts(prepared.target),
+        cost=tuple(evidence.cost),
         environment=describe_environment(prepared.performance),
         duration_seconds=time.perf_counter() - prepared.started_at_seconds,
     )
-    _write(report, prepared, subject, found)
-    return report
 
 
 def _write(
@@ -156,7 +187,10 @@ def _write(
 
 
 def _status(
-    prepared: Prepared, found: Verification, validity: Sequence[ValidityRow]
+    prepared: Prepared,
+    found: Verification,
+    validity: Sequence[ValidityRow],
+    ended_because: str,
 ) -> tuple[Status, str]:
     alarms = [row.name for row in validity if row.status == "alarm"]
     num_done, num_planned = len(found.samples), found.num_planned
@@ -167,15 +201,10 @@ def _status(
             "an ONNX file has no gradient, so no white-box attack was possible; give the run it "
             "was exported from with --source"
         )
-    if not _has_white_box(prepared):
+    if all(stage.kind != "white-box" for stage in prepared.stages):
         return "unverified", "no white-box attack was run"
     if not found.is_complete:
         return "incomplete", (
-            f"the budget ended after {num_done} of {num_planned} images, a random part of them; "
-            "the same command goes on from here"
+            f"{ended_because} after {num_done} of {num_planned} images, a random part of them"
         )
     return "verified", f"all {num_planned} images went through all attacks, and no check objects"
-
-
-def _has_white_box(prepared: Prepared) -> bool:
-    return any(stage.kind == "white-box" for stage in prepared.stages)

@@ -131,7 +131,7 @@ def without_figures(make_report):
     """A report whose page takes no time to draw."""
     names = tuple(f"kind {place}" for place in range(31))
     data = make_report().data.model_copy(update={"class_names": names})
-    return make_report(curve=(), attacks=(), data=data)
+    return make_report(curve=(), data=data).model_copy(update={"attacks": ()})
 
 
 def decoded(uri):
@@ -281,7 +281,8 @@ def test_invalid_page_has_its_alarms_before_its_numbers(make_report):
 
 def test_unverified_page_shows_no_accuracy_under_attack(make_report):
     """Nor one that a stranger put there against the status."""
-    page = Page(to_html(make_report(status="unverified"), gallery=[], curves=[]))
+    report = make_report().model_copy(update={"status": "unverified"})
+    page = Page(to_html(report, gallery=[], curves=[]))
     said = " ".join(text for _, text in page.texts) + " ".join(page.values("aria-label"))
     assert "80.00 %" in said
     assert "50.00 %" not in said
@@ -293,7 +294,7 @@ def test_unverified_page_shows_no_accuracy_under_attack(make_report):
 def test_figures_by_class_are_drawn_while_there_is_room(num_classes, is_drawn, make_report):
     names = tuple(f"kind {place}" for place in range(num_classes))
     data = make_report().data.model_copy(update={"class_names": names})
-    report = make_report(data=data, curve=(), attacks=())
+    report = make_report(data=data, curve=()).model_copy(update={"attacks": ()})
     assert set(report_figures(report)) == ({"classes", "confusion"} if is_drawn else set())
 
 

@@ -170,7 +170,7 @@ def test_foreign_report_is_refused(written, change, place):
 
 def test_contradiction_in_a_file_is_told_as_one(written):
     table = json.loads(written.read_text())
-    table["worst_case"]["num_correct"] = 8
+    table["worst_case"] = count(8).model_dump()
     written.write_text(json.dumps(table))
     with pytest.raises(RunError, match="worst_case is 8 of 10, samples say 5 of 10"):
         read_report(written)

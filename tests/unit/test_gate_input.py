@@ -1,0 +1,162 @@
+"""Reports from strangers: whatever is in the file, the gate says what is wrong with it."""
+
+import json
+
+import pytest
+
+from compressor.errors import RunError
+from compressor.gate_input import read_baseline, read_gated_report
+from compressor.gate_policy import GatePolicy, with_baseline
+from compressor.report import write_report
+
+
+@pytest.fixture
+def written(make_report, tmp_path):
+    """A good report on disk, and its tables."""
+    path = tmp_path / "report.json"
+    write_report(make_report(), path)
+    return path, json.loads(path.read_text())
+
+
+def spoilt(written, change):
+    path, table = written
+    change(table)
+    path.write_text(json.dumps(table))
+    return path
+
+
+def put(*place, value):
+    """Sets one value deep in the report."""
+
+    def change(table):
+        for key in place[:-1]:
+            table = table[key]
+        table[place[-1]] = value
+
+    return change
+
+
+def rename_class(table):
+    table["data"]["class_names"][1] = "zero"
+
+
+def rename_attack(table):
+    table["attacks"][2]["name"] = "apgd_t"
+
+
+def lose_label(table):
+    table["samples"]["label"][0] = -1
+
+
+NAN, HUGE = float("nan"), 10**400
+REFUSED = {
+    "nan epsilon": (put("epsilon_pixels", value=NAN), "report.epsilon_pixels is not a finite"),
+    "infinite epsilon": (put("epsilon_pixels", value=float("inf")), "is not a finite number"),
+    "huge epsilon": (put("epsilon_pixels", value=1e308), r"epsilon_pixels is 1e\+308"),
+    "negative epsilon": (put("epsilon_pixels", value=-0.1), "epsilon_pixels is -0.1"),
+    "zero epsilon": (put("epsilon_pixels", value=0), "epsilon_pixels is 0"),
+    "nan latency": (put("cost", 0, "latency_ms", value=NAN), r"cost\.0\.latency_ms is not a"),
+    "nan deep inside": (put("environment", "x", value=[{"y": NAN}]), r"environment\.x\.0\.y is"),
+    "huge count": (put("clean", "num_total", value=HUGE), "clean is 8 of 1000"),
+    "huge attack": (
+        put("attacks", 0, "accuracy", "num_total", value=HUGE),
+        "pgd_sat leaves 5 of 1000",
+    ),
+    "attack above clean": (
+        put("attacks", 0, "accuracy", "num_correct", value=9),
+        "pgd_sat leaves 9 of 10 images",
+    ),
+    "attack that broke nothing": (
+        put("attacks", 0, "accuracy", "num_correct", value=6),
+        "before it broke 3",
+    ),
+    "negative count": (
+        put("attacks", 0, "accuracy", "num_correct", value=-1),
+        "pgd_sat leaves -1 of 10 images",
+    ),
+    "counts against samples": (put("clean", "num_correct", value=9), "clean is 9 of 10, samples"),
+    "broken against samples": (put("attacks", 0, "num_broken", value=0), "pgd_sat broke 0"),
+    "label out of range": (put("samples", "label", 0, value=7), "a label in samples has no name"),
+    "negative label": (lose_label, "a label in samples has no name among 4 classes"),
+    "class twice": (rename_class, "two classes have the same name"),
+    "attack twice": (rename_attack, "two attacks have the same name"),
+    "another schema": (put("schema_version", value=1), "is not a report of schema 2"),
+    "unknown key": (put("trust", value="me"), "trust: Extra inputs"),
+    "text for a number": (put("clean", "num_correct", value="many"), r"clean\.num_correct"),
+}
+
+
+@pytest.mark.parametrize(("change", "says"), REFUSED.values(), ids=REFUSED)
+def test_refused(written, change, says):
+    path = spoilt(written, change)
+    with pytest.raises(RunError, match=says) as caught:
+        read_gated_report(path)
+    assert "robust-compress verify RUN" in str(caught.value)
+
+
+def test_more_images_than_planned(written):
+    def change(table):
+        table["data"]["num_planned"] = 5
+        table["status"] = "incomplete"
+
+    with pytest.raises(RunError, match="10 of 5 planned images"):
+        read_gated_report(spoilt(written, change))
+
+
+def test_no_images_at_all(written):
+    def change(table):
+        table["status"], table["worst_case"], table["attacks"] = "unverified", None, []
+        table["samples"] = {key: [] for key in table["samples"]}
+        table["clean"] |= {"num_correct": 0, "num_total": 0}
+
+    with pytest.raises(RunError, match="0 of 10 planned images"):
+        read_gated_report(spoilt(written, change))
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"", "cannot be read"),
+        (b"{", "cannot be read"),
+        (b"[]", "is not a report"),
+        (b"null", "is not a report"),
+        (b"\xff\xfe", "cannot be read"),
+        (b"[" * 200_000, "is not a report"),
+        (b'{"name": ' + b"1" * 5_000 + b"}", "is not a report"),
+    ],
+)
+def test_not_even_json(tmp_path, content, says):
+    path = tmp_path / "report.json"
+    path.write_bytes(content)
+    with pytest.raises(RunError, match=says):
+        read_gated_report(path)
+
+
+@pytest.mark.parametrize("depth", [300, 900, 3_000])
+def test_deep_nesting_is_refused_or_read_but_never_a_traceback(written, depth):
+    path, table = written
+    text = json.dumps(table)
+    deep = "[" * depth + "]" * depth
+    path.write_text(text.replace('"num_threads": 2', f'"num_threads": {deep}'))
+    try:
+        assert read_gated_report(path).name == "tiny"
+    except RunError as error:
+        assert "is not a report" in str(error)  # noqa: PT017 (either end is right)
+
+
+def test_missing(tmp_path):
+    with pytest.raises(RunError, match="nowhere does not exist; make it with"):
+        read_gated_report(tmp_path / "nowhere")
+    with pytest.raises(RunError, match=r"report\.json does not exist"):
+        read_gated_report(tmp_path)
+
+
+def test_good_ones_are_read_from_a_file_and_from_a_run(written, make_report):
+    path, _ = written
+    assert read_gated_report(path) == read_gated_report(path.parent) == make_report()
+
+
+def test_baseline_is_read_where_the_policy_names_one(written, make_report):
+    policy = GatePolicy.model_validate({"schema": 1, "clean": {"min_accuracy": 0.5}})
+    assert read_baseline(policy) is None
+    assert read_baseline(with_baseline(policy, written[0])) == make_report()
