@@ -133,17 +133,24 @@ def images_for_power(
 ) -> int | None:
     """The number of images from which on the fixed gate passes with `power`; None above a million.
 
-    Power rises with the number of images in teeth: it falls whenever one more correct image is
-    required. The number is that of the first tooth which is nowhere below `power`.
+    Power does not rise evenly: it falls whenever an image more brings a correct image more to be
+    required. The number is that from which on it is nowhere below `power`.
     """
 
-    def is_enough(num_required: int) -> bool:
-        n = _first_that_requires(num_required, limit=limit, confidence=confidence)
-        suffices = _tail(num_required, n, limit) <= 1 - confidence  # not if all n are too few
-        return n > MAX_IMAGES or (suffices and _tail(num_required, n, accuracy) >= power)
+    def first_with(num_required: int) -> int:
+        return _first_that_requires(num_required, limit=limit, confidence=confidence)
 
-    num_required = first_true(is_enough, start=1)
-    n = _first_that_requires(num_required, limit=limit, confidence=confidence)
+    def is_enough(num_required: int) -> bool:
+        n = first_with(num_required)
+        if n > MAX_IMAGES:
+            return True
+        if _tail(num_required, n, limit) > 1 - confidence:
+            return False  # so few images do not pass even if all are correct
+        while first_with(num_required + 1) == n + 1:  # down to where power is lowest
+            num_required, n = num_required + 1, n + 1
+        return _tail(num_required, n, accuracy) >= power
+
+    n = first_with(first_true(is_enough, start=1))
     return n if n <= MAX_IMAGES else None
 
 

@@ -1,5 +1,6 @@
 """Proportions that never travel without their n, and exact bounds on what they estimate."""
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -39,6 +40,7 @@ class Proportion:
         failures = self.num_total - self.num_correct
         return beta_quantile(confidence, a=self.num_correct + 1, b=failures)
 
+    @functools.cache  # noqa: B019 (a small value, asked for again and again)
     def interval(self, confidence: float = 0.95) -> tuple[float, float]:
         """Two-sided exact interval: each side errs with half of 1 - `confidence`."""
         side = (1 + confidence) / 2

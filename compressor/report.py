@@ -5,7 +5,6 @@ samples, or a verified report with an alarm, are refused. Needs no torch. Forms 
 `report_markdown.py` and `html_report.py`.
 """
 
-from collections import Counter
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -13,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from compressor.errors import RunError
 from compressor.proportions import Proportion
+from compressor.report_consistency import WRONG_CLEAN, contradictions
 from compressor.run_directory import read_json, write_json_atomically
 from compressor.threat import Norm
 
@@ -23,9 +23,6 @@ CAVEAT = (
     "still be found."
 )
 
-WRONG_CLEAN = "clean"
-"""What broke an image that is answered wrongly without any attack."""
-
 Status = Literal["verified", "incomplete", "unverified", "invalid"]
 """`verified`: every planned image went through every attack, and no validity check raised an
 alarm. `incomplete`: a budget ended first; the images that are done are a random part.
@@ -33,7 +30,7 @@ alarm. `incomplete`: a budget ended first; the images that are done are a random
 
 
 class _Table(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Count(_Table):
@@ -54,6 +51,14 @@ class Count(_Table):
             low_95=low,
             high_95=high,
         )
+
+    @model_validator(mode="after")
+    def _is_exact(self) -> Self:
+        proportion = Proportion(num_correct=self.num_correct, num_total=self.num_total)
+        low, high = proportion.interval(0.95)
+        if abs(self.low_95 - low) > 1e-6 or abs(self.high_95 - high) > 1e-6:
+            raise ValueError(f"the 95 % interval of {proportion} is {low:.6f} to {high:.6f}")
+        return self
 
     @property
     def fraction(self) -> float:
@@ -225,34 +230,9 @@ class RobustnessReport(_Table):
 
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> Self:
-        samples = self.samples
-        columns = (samples.index, samples.label, samples.broken_by, samples.prediction)
-        if len({len(column) for column in columns}) != 1:
-            raise ValueError("the columns of samples have different lengths")
-        if len(set(samples.index)) != len(samples.index):
-            raise ValueError("an image is in samples twice")
-        num_images, broken = len(samples.index), Counter(samples.broken_by)
-        self._check("clean", self.clean, num_images - broken[WRONG_CLEAN], num_images)
-        if self.worst_case is not None:
-            self._check("worst_case", self.worst_case, broken[None], num_images)
-        for row in self.attacks:
-            if row.num_broken != broken[row.name]:
-                raise ValueError(f"{row.name} broke {row.num_broken}, samples say otherwise")
-        if any(row.status == "alarm" for row in self.validity) != (self.status == "invalid"):
-            raise ValueError(f"status {self.status!r} does not go with the validity checks")
-        if self.status == "verified" and (
-            self.worst_case is None or num_images != self.data.num_planned
-        ):
-            raise ValueError("a verified report has a worst case over all planned images")
+        for contradiction in contradictions(self):
+            raise ValueError(contradiction)
         return self
-
-    @staticmethod
-    def _check(name: str, count: Count, num_correct: int, num_total: int) -> None:
-        if (count.num_correct, count.num_total) != (num_correct, num_total):
-            raise ValueError(
-                f"{name} is {count.num_correct} of {count.num_total}, samples say {num_correct} "
-                f"of {num_total}"
-            )
 
 
 def class_counts(report: RobustnessReport) -> list[tuple[str, Count, Count]]:

@@ -268,8 +268,9 @@ def _confusion(report: RobustnessReport, level: int) -> Section | None:
         for label, answer, num in found[:MAX_CONFUSIONS]
     )
     note = f"Over the {total} images that are wrong without an attack or were broken"
-    is_cut = len(found) > len(rows)
-    note += f": the {len(rows)} most frequent of {len(found)} pairs of classes." if is_cut else "."
+    if len(found) > len(rows):
+        note += f"; listed are the {len(rows)} most frequent of {len(found)} pairs of classes"
+    note += "."
     table = Table(align="llr", header=("label", "answered", "images"), rows=rows)
     title = "Confusion under attack"
     return Section(key="confusion", title=title, level=level, notes=(note,), tables=(table,))

@@ -37,8 +37,9 @@ class FAB:
     pass saves nothing: `eta` takes most points across the boundary, and the gradient is then
     wanted somewhere else.
 
-    Deviations from the released code: only points within epsilon are offered to the judge, as
-    no others are returned; gradients that are not finite count as 0; see `fab_projections`.
+    Deviations from the released code: `stops_at_epsilon`; only points within epsilon are offered
+    to the judge, as no others are returned; an answer that is not finite is a wrong one, and a
+    gradient that is not finite counts as 0; `fab_projections` has one more.
     """
 
     threat: ThreatModel

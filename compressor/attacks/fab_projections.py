@@ -8,9 +8,9 @@ linear in the multiplier, so Newton's method from 0 never overshoots, and is exa
 further coordinate meets the border: after 3 to 8 rounds as a rule, with no sorting.
 
 Source of the problem: Croce and Hein, "Minimally distorted adversarial examples with a fast
-adaptive boundary attack", ICML 2020, equation 4. They sort the coordinates by where they meet
-the border. Their released L2 code also leaves coordinates with |w| < 1e-8 where they are; here
-only a weight of 0 does that, so that the scale of the logits has no effect.
+adaptive boundary attack", ICML 2020. They sort the coordinates by where they meet the border.
+Their released L2 code also leaves coordinates with |w| < 1e-8 where they are; here only a weight
+of 0 does that, so that the scale of the logits has no effect.
 
 N rows, D coordinates; `_N1` is one column.
 """

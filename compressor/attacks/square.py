@@ -59,7 +59,7 @@ class Square:
         rows = _LiveRows(x_NCHW, y_N, draws)
         if rows:
             start = _START[self.threat.norm]
-            rows.attempt(model, start(rows.x, threat=self.threat, draws=rows.draws), judge)
+            rows.attempt(model, start(rows.x_MCHW, threat=self.threat, draws=rows.draws), judge)
         for iteration in range(self.num_queries):
             if not rows:
                 break
@@ -67,7 +67,7 @@ class Square:
         return rows.result()
 
     def _next(self, rows: "_LiveRows", iteration: int) -> Tensor:
-        height, width = rows.x.shape[2:]
+        height, width = rows.x_MCHW.shape[2:]
         side = window_side_pixels(
             self.threat.norm,
             iteration=iteration,
@@ -82,7 +82,7 @@ class Square:
             reaches_edge=self.windows_reach_edge,
         )
         return _NEXT[self.threat.norm](
-            rows.x, rows.best, threat=self.threat, window=window, draws=rows.draws
+            rows.x_MCHW, rows.best_MCHW, threat=self.threat, window=window, draws=rows.draws
         )
 
 
@@ -95,44 +95,45 @@ class _LiveRows:
         self._num_forwards_N = torch.zeros_like(y_N, dtype=torch.int64)
         self._num_attempts = 0
         self._index_M = torch.arange(len(y_N), device=y_N.device)
-        self.x, self._y_M, self.draws = x_NCHW.contiguous(), y_N, draws
-        self.best = self.x.clone()
+        self.x_MCHW, self._y_M, self.draws = x_NCHW.contiguous(), y_N, draws
+        self.best_MCHW = self.x_MCHW.clone()
         self._best_margin_M = torch.full_like(y_N, -torch.inf, dtype=x_NCHW.dtype)
 
     def __len__(self) -> int:
         return len(self._index_M)
 
-    def attempt(self, model: Model, new: Tensor, judge: Judge) -> None:
+    def attempt(self, model: Model, new_MCHW: Tensor, judge: Judge) -> None:
         """Ask the model about one new point per sample; keep what is better; leave if fooled."""
-        logits_MK = model(new)
+        logits_MK = model(new_MCHW)
         self._num_attempts += 1
-        margin_M = margin(logits_MK, self._y_M).to(new.dtype)
+        margin_M = margin(logits_MK, self._y_M).to(new_MCHW.dtype)
         better = (margin_M > self._best_margin_M).nonzero()[:, 0]  # never true of not-a-number
-        self.best[better] = new[better]
+        self.best_MCHW[better] = new_MCHW[better]
         self._best_margin_M[better] = margin_M[better]
         is_candidate_M = (margin_M >= 0) | ~margin_M.isfinite()
         if is_candidate_M.any():
             candidates = is_candidate_M.nonzero()[:, 0]
-            verdict = judge(new[candidates], logits_MK[candidates], self._y_M[candidates])
-            self._leave(candidates[verdict], new)
+            verdict = judge(new_MCHW[candidates], logits_MK[candidates], self._y_M[candidates])
+            self._leave(candidates[verdict], new_MCHW)
 
-    def _leave(self, rows: Tensor, new: Tensor) -> None:
+    def _leave(self, rows: Tensor, new_MCHW: Tensor) -> None:
         if not len(rows):
             return
         index = self._index_M[rows]
-        self._x_adv_NCHW[index] = new[rows]
+        self._x_adv_NCHW[index] = new_MCHW[rows]
         self._is_fooled_N[index] = True
         self._num_forwards_N[index] = self._num_attempts
         is_kept_M = torch.ones_like(self._y_M, dtype=torch.bool)
         is_kept_M[rows] = False
         kept = is_kept_M.nonzero()[:, 0]
         self.draws = self.draws.rows(kept)
-        self.x, self.best, self._y_M = self.x[kept], self.best[kept], self._y_M[kept]
-        self._best_margin_M, self._index_M = self._best_margin_M[kept], self._index_M[kept]
+        self.x_MCHW, self.best_MCHW = self.x_MCHW[kept], self.best_MCHW[kept]
+        self._y_M, self._index_M = self._y_M[kept], self._index_M[kept]
+        self._best_margin_M = self._best_margin_M[kept]
 
     def result(self) -> SearchResult:
         """What was found for all samples, once the search is over."""
-        self._x_adv_NCHW[self._index_M] = self.best
+        self._x_adv_NCHW[self._index_M] = self.best_MCHW
         self._num_forwards_N[self._index_M] = self._num_attempts
         return SearchResult(
             x_adv_NCHW=self._x_adv_NCHW,

@@ -109,7 +109,8 @@ def move_change(
 ) -> Tensor:
     """Next point in L2: the change in a second window goes to the first, as one more bump there.
 
-    So does what clipping to [0, 1] left of epsilon. The whole is made epsilon long again.
+    What clipping to [0, 1] left unused of epsilon goes there too. The whole is made epsilon long
+    again, then clipped.
     """
     num_samples, num_channels = x_MCHW.shape[:2]
     u = draws.common_uniform([5])
@@ -147,7 +148,7 @@ def _length(change_MCS: Tensor) -> Tensor:
 
 
 def _bumps(u_M1: Tensor, side: int, like: Tensor) -> Tensor:
-    """A bump over a hole, or to the left of one, by the toss of a coin; [M, 1, S]."""
+    """A bump above its opposite or to the left of it, by the toss of a coin; [M, 1, S]."""
     both_2S = _both_bumps(side, like.dtype, like.device)
     return both_2S[(u_M1 > 0.5).long()]
 

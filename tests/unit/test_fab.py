@@ -95,7 +95,7 @@ def test_fab_finds_the_exact_distance_of_a_linear_model(norm, eta, within):
 
 @both_norms
 def test_fab_is_fooled_exactly_where_a_linear_model_can_be(norm):
-    """What lies within one per cent of the radius, where five per cent overshoot, is left open."""
+    """FAB overshoots, so what lies less than one per cent within the radius is left open."""
     model, x = Linear(), images_near_the_middle(60)
     exact = torch.stack(
         [model.distances(x, pairs_of(model, x, rank=k), norm=norm) for k in range(1, 10)]
@@ -244,10 +244,11 @@ class Steadfast:
     """Follows every change, and answers class 0 all the same."""
 
     def __init__(self):
-        self.num_rows = 0
+        self.num_rows, self.num_rows_with_graph = 0, 0
 
     def __call__(self, x_NCHW):
         self.num_rows += len(x_NCHW)
+        self.num_rows_with_graph += len(x_NCHW) * torch.is_grad_enabled()
         pixels_ND = x_NCHW.flatten(1)
         return torch.stack([100 + pixels_ND.sum(1), pixels_ND[:, 0], pixels_ND[:, 1]], dim=1)
 
@@ -256,12 +257,15 @@ class Steadfast:
 def test_fab_counts_every_pass_of_an_unfoolable_model(norm):
     model, x = Steadfast(), images_near_the_middle(5)
     pairs = torch.tensor([[0, 1 + row % 2] for row in range(5)])
-    found = search(attack(norm), model, x, pairs)
+    asked, fab = [], attack(norm, epsilon_pixels=FAR)
+    found = search(fab, model, x, pairs, judge=lambda *question: asked.append(question))
+    assert not asked
     assert not found.is_fooled_N.any()
     assert torch.equal(found.x_adv_NCHW, x)
     assert found.num_forwards_N.tolist() == [200] * 5
     assert found.num_backwards_N.tolist() == [100] * 5
     assert model.num_rows == 1000
+    assert model.num_rows_with_graph == 500
 
 
 def test_fab_counts_the_passes_that_were_made():

@@ -152,6 +152,14 @@ def test_projection_of_weights_that_differ_by_many_powers_ends(project):
 
 
 @both_norms
+def test_projection_that_is_done_waits_for_the_others(project):
+    """The first row is a corner that the plane just touches; the second needs more rounds."""
+    w = torch.stack([torch.ones(5), 8.0 ** -torch.arange(5)])
+    t, b = torch.zeros_like(w), torch.stack([w[0].sum(), 0.99 * w[1].sum()])
+    assert_close(project(t, w, b)[0], torch.ones(5))
+
+
+@both_norms
 def test_projection_onto_what_is_no_plane_ends(project):
     t, w, b, _ = random_rows(4, 16, gap_over_reach=0.3)
     w[0], w[1, 3], b[2] = torch.nan, torch.inf, torch.nan

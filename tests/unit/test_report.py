@@ -112,7 +112,10 @@ def test_count_that_the_samples_contradict_is_refused(change, message, make_repo
 
 def test_samples_that_hide_a_broken_image_are_refused(make_report):
     """The number of the worst case may be raised only together with all that it rests on."""
-    flattered = SAMPLES | {"broken_by": (None,) * 6 + ("pgd_sat",) * 2 + ("clean",) * 2}
+    flattered = SAMPLES | {
+        "broken_by": (None,) * 6 + ("pgd_sat",) * 2 + ("clean",) * 2,
+        "prediction": (None,) * 6 + (3, 0, 1, 2),
+    }
     with pytest.raises(ValidationError, match="worst_case is 5 of 10, samples say 6"):
         make_report(samples=SampleTable(**flattered))
     with pytest.raises(ValidationError, match="pgd_sat broke 3, samples say otherwise"):

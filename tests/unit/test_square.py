@@ -175,6 +175,7 @@ def points_of(x, **options):
     seen = []
 
     def indifferent(x_NCHW):
+        assert not torch.is_grad_enabled()
         seen.append(x_NCHW.clone())
         return torch.tensor([[1.0, 0.0]]).expand(len(x_NCHW), 2)
 
@@ -316,19 +317,21 @@ def test_square_refused_candidate_goes_on(norm, trained):
 
 def test_square_candidate_that_is_no_improvement_is_judged_too():
     """The search model was surest at the start, but its second point is the one that fools."""
-    margins = iter([3.0, 1.0, 2.0])
-    judged = []
+    margins, seen = iter([3.0, 1.0, 2.0]), []
 
-    def judge(x_MCHW, logits_MK, y_M):
-        judged.append(float(logits_MK[0, 1]))
-        return logits_MK[:, 1] == 1
+    def model(x_NCHW):
+        seen.append(x_NCHW.clone())
+        return torch.tensor([[0.0, next(margins)]])
 
-    x = random_images(1, 3, 8, 8)
-    model = lambda x: torch.tensor([[0.0, next(margins)]])  # noqa: E731
-    result = search(model, x, torch.tensor([0]), judge=judge)
-    assert judged == [3.0, 1.0]
+    result = search(
+        model,
+        random_images(1, 3, 8, 8),
+        torch.tensor([0]),
+        judge=lambda x_MCHW, logits_MK, y_M: logits_MK[:, 1] == 1,
+    )
     assert result.is_fooled_N.tolist() == [True]
     assert result.num_forwards_N.tolist() == [2]
+    assert torch.equal(result.x_adv_NCHW, seen[1])
 
 
 def test_square_ties_are_left_to_the_judge():

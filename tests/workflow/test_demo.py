@@ -1,6 +1,7 @@
 """The demo runs, prints one table, and its judgement can be negative."""
 
 import importlib.util
+import re
 import sys
 from pathlib import Path
 
@@ -17,6 +18,7 @@ def demo(monkeypatch):
     tiny = {"architecture": "tiny"}
     quick = {name: (tiny, 1, method) for name, (_, _, method) in module.MODELS.items()}
     monkeypatch.setattr(module, "MODELS", quick)
+    monkeypatch.setattr(module, "NUM_GATE_IMAGES", 10)
     monkeypatch.setattr(module, "ACCEPT_TEACHERS", True)  # one epoch makes no teacher
     return module
 
@@ -31,6 +33,8 @@ def test_demo_prints_and_writes_its_tables(demo, tmp_path, monkeypatch, capsys):
     for name in demo.MODELS:
         assert f"| {name} |" in written.read_text()
     assert "n = 497" in printed
+    assert "AutoAttack-style" in printed
+    assert re.search(r"^(PASS|FAIL|INCONCLUSIVE|INVALID) ", printed, flags=re.MULTILINE)
     assert "same label clean:       100.00 % (200 of 200)" in printed
     assert str(tmp_path) not in written.read_text()
 
