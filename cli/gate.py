@@ -8,7 +8,7 @@ import typer
 
 from cli.options import DeviceOption, JsonOption, MovedDataOption, ThreadsOption
 from cli.output import Output
-from compressor.errors import UsageError
+from compressor.errors import InterruptedRunError, UsageError
 
 if TYPE_CHECKING:
     from compressor.gate_policy import GatePolicy
@@ -137,16 +137,22 @@ def _attack(
     from compressor.gate_workflow import gate_live
     from compressor.run_directory import RunDirectory
 
-    with verification_display(output) as observe:
-        return gate_live(
-            RunDirectory.open(target),
-            policy,
-            settings=performance_settings(device=device, dtype="auto", num_threads=threads),
-            num_images=samples or policy.budget.max_samples,
-            max_seconds=max_seconds or policy.budget.max_seconds,
-            data_source=data_source,
-            observe=observe,
-        )
+    try:
+        with verification_display(output) as observe:
+            return gate_live(
+                RunDirectory.open(target),
+                policy,
+                settings=performance_settings(device=device, dtype="auto", num_threads=threads),
+                num_images=samples or policy.budget.max_samples,
+                max_seconds=max_seconds or policy.budget.max_seconds,
+                data_source=data_source,
+                observe=observe,
+                tell=lambda text: output.say(f"... {text}"),
+            )
+    except KeyboardInterrupt:
+        raise InterruptedRunError(
+            "interrupted; what is finished is kept: the same command goes on from there"
+        ) from None
 
 
 def _plan(

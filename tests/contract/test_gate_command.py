@@ -325,18 +325,20 @@ BAD = {
     "truncated": Bad(truncated("pass.json"), GATE, 4, "pass.json cannot be read"),
     "other schema": Bad(table("pass.json", "schema_version", value=9), GATE, 4, "of schema 2"),
     "contradiction": Bad(
-        table("pass.json", "worst_case", "num_correct", value=499), GATE, 4, "samples say 400"
+        table("pass.json", "worst_case", "num_correct", value=499), GATE, 4, "499 of 500"
     ),
     "an attack that flatters": Bad(
-        table("pass.json", "attacks", 0, "accuracy", "num_correct", value=500),
-        GATE,
-        4,
-        "contradicts itself",
+        table("pass.json", "attacks", 0, "accuracy", "num_correct", value=500), GATE, 4, "accuracy"
+    ),
+    "a class that hides": Bad(
+        table("pass.json", "samples", "label", 499, value=-1), GATE, 4, "a label in samples"
     ),
     "not a number": Bad(
-        table("pass.json", "epsilon_pixels", value=float("nan")), GATE, 4, "not a finite number"
+        table("pass.json", "epsilon_pixels", value=float("nan")), GATE, 4, "epsilon_pixels"
     ),
-    "huge number": Bad(table("pass.json", "clean", "num_total", value=10**300), GATE, 4, "clean"),
+    "huge number": Bad(
+        table("pass.json", "clean", "num_total", value=10**400), GATE, 4, "is not a report"
+    ),
     "hidden alarm": Bad(
         table("invalid.json", "status", value="verified"),
         "gate invalid.json --policy gate.toml",

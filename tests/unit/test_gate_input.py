@@ -7,7 +7,8 @@ import pytest
 from compressor.errors import RunError
 from compressor.gate_input import read_baseline, read_gated_report
 from compressor.gate_policy import GatePolicy, with_baseline
-from compressor.report import write_report
+from compressor.proportions import Proportion
+from compressor.report import Count, write_report
 
 
 @pytest.fixture
@@ -36,50 +37,45 @@ def put(*place, value):
     return change
 
 
-def rename_class(table):
-    table["data"]["class_names"][1] = "zero"
-
-
-def rename_attack(table):
-    table["attacks"][2]["name"] = "apgd_t"
-
-
-def lose_label(table):
-    table["samples"]["label"][0] = -1
+def count(*place, num_correct, num_total=10):
+    """Puts a count that is right but for what it counts."""
+    proportion = Proportion(num_correct=num_correct, num_total=num_total)
+    return put(*place, value=Count.of(proportion).model_dump())
 
 
 NAN, HUGE = float("nan"), 10**400
 REFUSED = {
-    "nan epsilon": (put("epsilon_pixels", value=NAN), "report.epsilon_pixels is not a finite"),
-    "infinite epsilon": (put("epsilon_pixels", value=float("inf")), "is not a finite number"),
+    "nan epsilon": (put("epsilon_pixels", value=NAN), "epsilon_pixels.* finite number"),
+    "infinite epsilon": (put("epsilon_pixels", value=float("inf")), "epsilon_pixels.* finite"),
     "huge epsilon": (put("epsilon_pixels", value=1e308), r"epsilon_pixels is 1e\+308"),
     "negative epsilon": (put("epsilon_pixels", value=-0.1), "epsilon_pixels is -0.1"),
     "zero epsilon": (put("epsilon_pixels", value=0), "epsilon_pixels is 0"),
-    "nan latency": (put("cost", 0, "latency_ms", value=NAN), r"cost\.0\.latency_ms is not a"),
-    "nan deep inside": (put("environment", "x", value=[{"y": NAN}]), r"environment\.x\.0\.y is"),
-    "huge count": (put("clean", "num_total", value=HUGE), "clean is 8 of 1000"),
-    "huge attack": (
-        put("attacks", 0, "accuracy", "num_total", value=HUGE),
-        "pgd_sat leaves 5 of 1000",
-    ),
+    "nan latency": (put("cost", 0, "latency_ms", value=NAN), r"cost\.0\.latency_ms.* finite"),
+    "huge count": (put("clean", "num_total", value=HUGE), "is not a report"),
+    "large count": (put("clean", "num_total", value=10**15), "is not a report"),
+    "counts against samples": (count("clean", num_correct=9), "clean is 9 of 10, samples say 8"),
     "attack above clean": (
-        put("attacks", 0, "accuracy", "num_correct", value=9),
-        "pgd_sat leaves 9 of 10 images",
+        count("attacks", 0, "accuracy", num_correct=9),
+        "accuracy under pgd_sat alone",
     ),
     "attack that broke nothing": (
-        put("attacks", 0, "accuracy", "num_correct", value=6),
-        "before it broke 3",
+        count("attacks", 0, "accuracy", num_correct=6),
+        "accuracy under pgd_sat alone",
+    ),
+    "attack on fewer images": (
+        count("attacks", 0, "accuracy", num_correct=5, num_total=5),
+        "accuracy under pgd_sat alone",
     ),
     "negative count": (
         put("attacks", 0, "accuracy", "num_correct", value=-1),
-        "pgd_sat leaves -1 of 10 images",
+        "-1 of 10 is not a proportion",
     ),
-    "counts against samples": (put("clean", "num_correct", value=9), "clean is 9 of 10, samples"),
     "broken against samples": (put("attacks", 0, "num_broken", value=0), "pgd_sat broke 0"),
-    "label out of range": (put("samples", "label", 0, value=7), "a label in samples has no name"),
-    "negative label": (lose_label, "a label in samples has no name among 4 classes"),
-    "class twice": (rename_class, "two classes have the same name"),
-    "attack twice": (rename_attack, "two attacks have the same name"),
+    "label out of range": (put("samples", "label", 0, value=7), "a label in samples"),
+    "negative label": (put("samples", "label", 0, value=-1), "a label in samples"),
+    "class twice": (put("data", "class_names", 1, value="zero"), "two classes have the same name"),
+    "attack twice": (put("attacks", 2, "name", value="apgd_t"), "two attacks"),
+    "more than planned": (put("data", "num_planned", value=5), "5 were planned"),
     "another schema": (put("schema_version", value=1), "is not a report of schema 2"),
     "unknown key": (put("trust", value="me"), "trust: Extra inputs"),
     "text for a number": (put("clean", "num_correct", value="many"), r"clean\.num_correct"),
@@ -94,22 +90,13 @@ def test_refused(written, change, says):
     assert "robust-compress verify RUN" in str(caught.value)
 
 
-def test_more_images_than_planned(written):
-    def change(table):
-        table["data"]["num_planned"] = 5
-        table["status"] = "incomplete"
-
-    with pytest.raises(RunError, match="10 of 5 planned images"):
-        read_gated_report(spoilt(written, change))
-
-
 def test_no_images_at_all(written):
     def change(table):
         table["status"], table["worst_case"], table["attacks"] = "unverified", None, []
         table["samples"] = {key: [] for key in table["samples"]}
         table["clean"] |= {"num_correct": 0, "num_total": 0}
 
-    with pytest.raises(RunError, match="0 of 10 planned images"):
+    with pytest.raises(RunError, match="0 of 0 is not a proportion"):
         read_gated_report(spoilt(written, change))
 
 
