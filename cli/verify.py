@@ -69,6 +69,7 @@ def verify(
 
     An image counts as robust only if it stands against every attack, and the result is invalid
     if the evaluation itself cannot be believed. Run it again after an interruption: it goes on.
+    For example a run, a file of weights, and what was exported:
 
     `robust-compress verify runs/mine --samples 1000`
 
@@ -151,7 +152,8 @@ def _next(report: "RobustnessReport", files: "ReportFiles", request: "Verificati
     if report.status == "incomplete":
         return "the same command again"
     if report.status == "unverified":
-        return f"robust-compress verify {shlex.quote(request.target)} --source RUN"
+        source = " --source RUN" if report.target.kind == "onnx" and not request.source else ""
+        return f"robust-compress verify {shlex.quote(request.target)}{source}"
     if report.status == "invalid":
         return f"xdg-open {shlex.quote(str(files.html))}"
     return f"robust-compress gate {shlex.quote(str(files.json))} --policy gate.toml"

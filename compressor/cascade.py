@@ -14,7 +14,7 @@ from torch import Tensor
 
 from compressor.attacks.protocol import Model
 from compressor.attacks.search import by_logits
-from compressor.attacks.stages import Stage
+from compressor.attacks.stages import Form, Stage
 from compressor.data import Batch
 from compressor.errors import InvalidEvaluationError
 from compressor.losses import margin
@@ -131,7 +131,7 @@ def answer_clean(subject: Subject, batch: Batch, places: Tensor) -> tuple[Found,
 
 
 def run_stage(
-    stage: Stage, subject: Subject, batch: Batch, places: Tensor, *, seed: int
+    stage: Stage, subject: Subject, batch: Batch, places: Tensor, *, form: Form, seed: int
 ) -> tuple[tuple[Found, ...], tuple[GalleryEntry, ...]]:
     """Attack the images of `batch` and judge every point found by the float32 answer alone.
 
@@ -140,6 +140,7 @@ def run_stage(
         subject: the model.
         batch: only images that the stage is to try.
         places: their places in the order of the verification, int64 [N].
+        form: of the model, that is searched.
         seed: of stages that draw as the released code.
 
     Raises:
@@ -151,7 +152,7 @@ def run_stage(
         with torch.no_grad():
             return by_logits(x_MCHW, subject.answer(x_MCHW), y_M)
 
-    model = getattr(subject, stage.runs_on)
+    model = getattr(subject, form)
     draws = stage.draws(batch.x_NCHW, keys_N=batch.keys_N, seed=seed)
     is_own_judge = model is subject.answer
     result = stage.search.search(

@@ -17,7 +17,8 @@ from compressor.data import Batch
 from compressor.losses import dlr
 from compressor.proportions import Proportion
 from compressor.randomness import child_keys
-from compressor.report import WRONG_CLEAN, Count, CurvePoint
+from compressor.report import Count, CurvePoint
+from compressor.report_consistency import WRONG_CLEAN
 from compressor.samples import Sample
 from compressor.threat import ThreatModel
 

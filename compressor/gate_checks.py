@@ -25,9 +25,7 @@ def check_report(
         yield _check("white-box", "unverified", "no white-box attack was run")
     words = {"passed": "passed", "alarm": "invalid", "not_run": "not run"}
     for row in report.validity:
-        message = f"{row.found} ({row.threshold})"
-        if row.status != "passed":
-            message += f"; {row.advice}"
+        message = "; ".join(filter(None, (row.found, row.threshold, row.advice)))
         yield _check(row.name, words[row.status], message)
     yield from _threat_check(report, policy)
     yield from _protocol_check(report, policy)

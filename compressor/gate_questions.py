@@ -10,7 +10,8 @@ from functools import partial
 from compressor.gate_policy import GatePolicy
 from compressor.gate_result import RuleVerdict
 from compressor.proportions import Proportion
-from compressor.report import WRONG_CLEAN, Count, RobustnessReport
+from compressor.report import Count, RobustnessReport
+from compressor.report_consistency import WRONG_CLEAN
 from compressor.sequential import Look
 from compressor.threat import ThreatModel
 

@@ -177,6 +177,9 @@ def _shown(judged: Judged) -> str:
 
 
 def _in_words(comparison: str) -> str:
+    """`>= 25 %` as `at least 25 %`; `20 % to 30 %` as `between 20 % and 30 %`."""
+    if " to " in comparison:
+        return "between " + comparison.replace(" to ", " and ")
     return comparison.replace(">=", "at least").replace("<=", "at most")
 
 

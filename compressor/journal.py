@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from compressor.cascade import Outcome
+from compressor.run_directory import write_text_atomically
 
 
 class Journal:
@@ -25,12 +26,11 @@ class Journal:
         """The journal of this plan at `path`; begun anew if there is none, or another's."""
         lines = _complete_lines(path)
         if not lines or lines[0] != dict(plan):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(dict(plan)) + "\n", encoding="utf-8")
+            write_text_atomically(path, json.dumps(dict(plan)) + "\n")
             return cls(path, {})
         outcomes = [Outcome.from_json(line) for line in lines[1:]]
         text = "".join(json.dumps(line) + "\n" for line in lines)
-        path.write_text(text, encoding="utf-8")  # without a line that was cut off
+        write_text_atomically(path, text)  # without a line that was cut off
         return cls(path, {(o.chunk, o.stage): o for o in outcomes})
 
     @classmethod

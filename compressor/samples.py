@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from compressor.cascade import Found, Outcome
-from compressor.report import WRONG_CLEAN, SampleTable
+from compressor.report import SampleTable
+from compressor.report_consistency import WRONG_CLEAN
 from compressor.run_directory import write_text_atomically
 
 CLEAN_STAGE = WRONG_CLEAN
@@ -33,6 +34,8 @@ class Sample:
     label: int
     broken_by: str | None = None
     prediction: int | None = None
+    clean_margin: float = -float("inf")
+    """On the clean image; below 0 where it is answered correctly."""
     margin: float = -float("inf")
     """The largest that any attack reached; where broken, at the point that broke it."""
     distance_pixels: float | None = None
@@ -43,11 +46,17 @@ class Sample:
     fooled_by: dict[str, bool] = field(default_factory=dict)
     """Every attack that tried it, and whether it fooled."""
 
+    def is_near(self, share: float) -> bool:
+        """Whether an attack has left less than this share of the clean margin."""
+        return self.margin > share * self.clean_margin
+
     def take(self, stage: str, found: Found) -> None:
         """What one stage did."""
         self.num_forwards += found.num_forwards
         self.num_backwards += found.num_backwards
         self.fooled_by[stage] = found.is_fooled
+        if stage == CLEAN_STAGE:
+            self.clean_margin = found.margin
         if self.broken_by is not None:
             return
         self.margin = max(self.margin, found.margin)

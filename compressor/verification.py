@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from compressor.attacks.stages import Stage
+from compressor.attacks.stages import Form, Stage
 from compressor.cascade import Found, GalleryEntry, Outcome, Subject, answer_clean, run_stage
 from compressor.data import Batch, TestSplit, evaluation_batches
 from compressor.errors import BudgetSpentError
@@ -22,6 +22,12 @@ from compressor.randomness import Stream, sample_keys, uniform
 from compressor.sample_order import proportional_order
 from compressor.samples import CLEAN_STAGE, Sample, take_outcomes
 from compressor.verification_progress import Meter, VerificationProgress
+
+NEAR_SHARE = 0.25
+"""Images that an attack has driven below this share of their clean margin are searched in float32.
+
+All images that Square found in float32 but not in bfloat16, of 65 in three runs, ended below 0.14.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +123,17 @@ class _Chunk:
     places: Tensor
     plan: VerificationPlan
 
+    def part(self, rows_M: Tensor) -> tuple[Batch, Tensor]:
+        """Some rows, and their places in the order of the verification."""
+        batch = self.batch
+        part = Batch(
+            x_NCHW=batch.x_NCHW[rows_M],
+            y_N=batch.y_N[rows_M],
+            index_N=batch.index_N[rows_M],
+            keys_N=batch.keys_N[rows_M],
+        )
+        return part, self.places[rows_M]
+
 
 def _attack_chunk(
     chunk: _Chunk,
@@ -132,7 +149,7 @@ def _attack_chunk(
         outcome = journal.get(chunk.number, name)
         if outcome is None:
             with meter.stage(name, num_tried=len(tried_M)):
-                outcome = _run(chunk, stage, subject, tried_M)
+                outcome = _run(chunk, stage, subject, tried_M, samples=samples)
             journal.add(outcome)
         take_outcomes(samples, [outcome])
         meter.done(outcome)
@@ -152,29 +169,44 @@ def _tried(chunk: _Chunk, stage: Stage | None, samples: Sequence[Sample]) -> Ten
     return torch.tensor(rows, dtype=torch.int64, device=chunk.places.device)
 
 
-def _run(chunk: _Chunk, stage: Stage | None, subject: Subject, tried_M: Tensor) -> Outcome:
+def _run(
+    chunk: _Chunk,
+    stage: Stage | None,
+    subject: Subject,
+    tried_M: Tensor,
+    *,
+    samples: Sequence[Sample],
+) -> Outcome:
     started_at_seconds = time.perf_counter()
-    batch = chunk.batch
-    part = Batch(
-        x_NCHW=batch.x_NCHW[tried_M],
-        y_N=batch.y_N[tried_M],
-        index_N=batch.index_N[tried_M],
-        keys_N=batch.keys_N[tried_M],
-    )
-    places = chunk.places[tried_M]
     found: tuple[Found, ...] = ()
     gallery: tuple[GalleryEntry, ...] = ()
     if stage is None:
-        found = answer_clean(subject, part, places)
-    elif len(tried_M):
-        found, gallery = run_stage(stage, subject, part, places, seed=chunk.plan.seed)
+        found = answer_clean(subject, *chunk.part(tried_M))
+    else:
+        for form, rows_M in _by_form(chunk, stage, tried_M, samples):
+            if len(rows_M):
+                batch, places = chunk.part(rows_M)
+                one = run_stage(stage, subject, batch, places, form=form, seed=chunk.plan.seed)
+                found, gallery = found + one[0], gallery + one[1]
     return Outcome(
         chunk=chunk.number,
         stage=CLEAN_STAGE if stage is None else stage.name,
-        found=found,
+        found=tuple(sorted(found, key=lambda row: row.place)),
         gallery=gallery,
         duration_seconds=time.perf_counter() - started_at_seconds,
     )
+
+
+def _by_form(
+    chunk: _Chunk, stage: Stage, tried_M: Tensor, samples: Sequence[Sample]
+) -> list[tuple[Form, Tensor]]:
+    """Which rows are searched on which form of the model."""
+    if stage.runs_on != "by_margin":
+        return [(stage.runs_on, tried_M)]
+    places = chunk.places[tried_M].tolist()
+    near = [samples[place].is_near(NEAR_SHARE) for place in places]
+    near_M = torch.tensor(near, dtype=torch.bool, device=tried_M.device)
+    return [("float32", tried_M[near_M]), ("search_dtype", tried_M[~near_M])]
 
 
 def _empty_samples(split: TestSplit, order_N: Tensor) -> list[Sample]:

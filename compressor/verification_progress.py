@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from compressor.attacks.stages import Stage
 from compressor.cascade import Outcome
-from compressor.report import WRONG_CLEAN
+from compressor.report_consistency import WRONG_CLEAN
 
 _OBSERVE_EVERY_SECONDS = 0.2
 

@@ -16,7 +16,6 @@ from compressor.onnx_model import load_onnx_model
 from compressor.proportions import Proportion
 from compressor.recipe import Recipe, portable_dict
 from compressor.report import (
-    WRONG_CLEAN,
     AttackRow,
     CostRow,
     Count,
@@ -25,6 +24,7 @@ from compressor.report import (
     TeacherRow,
     TrainingFacts,
 )
+from compressor.report_consistency import WRONG_CLEAN
 from compressor.run_directory import RunDirectory, read_json
 from compressor.samples import Sample
 from compressor.teachers import Teacher, load_teacher

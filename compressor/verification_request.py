@@ -102,9 +102,9 @@ class Prepared:
             return
         with evaluation_mode(network):
             if self.request.mode == "compat":
-                yield _as_released(network.to(self.performance.device))
-                return
-            subject = network_subject(network, self.performance)
+                subject = _as_released(network.to(self.performance.device))
+            else:
+                subject = network_subject(network, self.performance)
             yield subject if onnx is None else replace(subject, answer=onnx)
 
 
@@ -155,12 +155,7 @@ def prepare(request: VerificationRequest) -> Prepared:
 
 
 def _threat(request: VerificationRequest, target: Target, split: TestSplit) -> ThreatModel:
-    recipe = target.recipe
-    own = (
-        recipe.threat.build()
-        if recipe is not None
-        else ThreatModel(epsilon_pixels=DEFAULT_EPSILON_PIXELS)
-    )
+    own = _own_threat(target)
     norm = request.norm or own.norm
     epsilon = request.epsilon_pixels
     if epsilon is None and norm != own.norm:
@@ -175,6 +170,12 @@ def _threat(request: VerificationRequest, target: Target, split: TestSplit) -> T
             'to [0, 1]: write eight grey levels as "8/255"'
         )
     return threat
+
+
+def _own_threat(target: Target) -> ThreatModel:
+    if target.recipe is None:
+        return ThreatModel(epsilon_pixels=DEFAULT_EPSILON_PIXELS)
+    return target.recipe.threat.build()
 
 
 def _batch_size(split: TestSplit) -> int:
@@ -202,11 +203,10 @@ def _label(
     request: VerificationRequest, target: Target, names: Sequence[str], threat: ThreatModel
 ) -> str:
     """What is different from the verification that a release is decided on."""
-    own = target.recipe.threat.build() if target.recipe is not None else None
     parts = []
     if request.num_images is not None:
         parts.append(str(request.num_images))
-    if own is not None and threat != own:
+    if threat != _own_threat(target):
         radius = (
             format_pixels(threat.epsilon_pixels)
             if threat.norm == "linf"

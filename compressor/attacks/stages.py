@@ -26,6 +26,9 @@ from compressor.threat import ThreatModel
 
 Kind = Literal["white-box", "black-box", "transfer"]
 Mode = Literal["fast", "compat"]
+Form = Literal["float32", "search_dtype", "answer"]
+"""Of a model: with BatchNorm folded, in float32 or in the number format that searches fast; or what
+answers in the end, which has no gradient if it is a file."""
 
 PAPER_ATTACKS = ("fgsm", "pgd_sat", "pgd_trades", "cw_inf")
 AUTOATTACK = ("apgd_ce", "apgd_t", "fab_t", "square")
@@ -43,9 +46,10 @@ class Stage:
     name: str
     kind: Kind
     search: Search
-    runs_on: Literal["float32", "search_dtype", "answer"]
-    """The form of the model that is searched: folded in float32 or in the search's own number
-    format; or what answers in the end, which has no gradient if it is a file."""
+    runs_on: Form | Literal["by_margin"]
+    """The form of the model that is searched. `by_margin`: float32 for images that an attack has
+    already driven near the decision, where fewer bits lose attacks that walk along it; the search's
+    own number format for the others."""
     tries_all: bool = False
     """Tries every correct image, not only those that stand, so it has an accuracy of its own."""
     parameters: Mapping[str, float | int | str | bool]
@@ -121,11 +125,18 @@ def _fast(name: str, threat: ThreatModel, batch_size: int) -> Stage:
         "square": lambda: Square(threat=threat),
     }
     # A sample is called robust only after APGD-T has run in float32.
+    forms: Mapping[str, Form | Literal["by_margin"]] = {
+        "apgd_ce": "search_dtype",
+        "apgd_dlr": "search_dtype",
+        "apgd_t": "float32",
+        "fab_t": "by_margin",
+        "square": "by_margin",
+    }
     return Stage(
         name=name,
         kind="black-box" if name == "square" else "white-box",
         search=searches[name](),
-        runs_on="float32" if name == "apgd_t" else "search_dtype",
+        runs_on=forms[name],
         parameters=_PARAMETERS[name],
         max_passes=_MAX_PASSES[name],
     )

@@ -1,7 +1,7 @@
 """Whole evaluations of models whose robustness can be computed, image by image.
 
-N images, K classes, D pixels, H hidden units, P points. The checks are plain functions, so that
-`test_planted_bugs.py` can run them on an evaluation that was broken on purpose.
+N images, K classes, D pixels, H hidden units, P points, L lines. The checks are plain functions,
+so that `test_planted_bugs.py` can run them on an evaluation that was broken on purpose.
 """
 
 from dataclasses import dataclass, replace
@@ -36,8 +36,12 @@ class Case:
     levels_NCHW: torch.Tensor
     y_N: torch.Tensor
     threat: ThreatModel
-    surplus_N: torch.Tensor
-    """Lead of the label over what can be taken away from it; robust above 1."""
+    lead_over_most_N: torch.Tensor
+    """Lead of the label over what an attacker can take from it; robust above 1."""
+
+    @property
+    def is_robust_N(self):
+        return self.lead_over_most_N > 1
 
     @property
     def split(self):
@@ -52,7 +56,7 @@ def split_of(levels_NCHW, y_N):
     """Test images that lie in memory."""
     return TestSplit(
         name="test",
-        class_names=tuple(map(str, range(int(y_N.max()) + 1))),
+        class_names=tuple(map(str, range(10))),
         image_shape=tuple(levels_NCHW.shape[1:]),
         index_N=torch.arange(len(y_N)),
         labels_N=y_N,
@@ -77,17 +81,19 @@ def _shorter(search, num_queries):
 
 
 def evaluate(subject, split, stages, *, batch_size=1000):
-    """The samples of a whole evaluation, in the order of the split."""
+    """What a whole evaluation says."""
     plan = VerificationPlan(stages=stages, batch_size=batch_size)
     *_, found = attack_chunks(subject, split, plan, journal=Journal.in_memory())
-    return sorted(found.samples, key=lambda sample: sample.index)
+    return found
 
 
-def stands_N(samples):
+def stands_N(found):
+    """Which images no attack broke, in the order of the split."""
+    samples = sorted(found.samples, key=lambda sample: sample.index)
     return torch.tensor([sample.broken_by is None for sample in samples])
 
 
-def linear_case(norm, *, num_images=80):
+def linear_case(norm, *, num_images=50):
     """Far from black and white: robust iff no rival is nearer than epsilon, in the dual norm."""
     generator = torch.Generator().manual_seed(3)
     network = _linear_network(generator)
@@ -95,10 +101,10 @@ def linear_case(norm, *, num_images=80):
     lead_NK, slope_NKD = _leads(network, levels_NCHW)
     length_NK = slope_NKD.abs().sum(-1) if norm == "linf" else slope_NKD.norm(dim=-1)
     threat = ThreatModel(norm=norm, epsilon_pixels=EPSILON_PIXELS[norm])
-    return _case(network, levels_NCHW, threat, lead_NK / (threat.epsilon_pixels * length_NK))
+    return _linear_case(network, levels_NCHW, threat, lead_NK / (threat.epsilon_pixels * length_NK))
 
 
-def box_case(*, num_images=80):
+def box_case(*, num_images=50):
     """Many black and white pixels, which can only move inwards; linf."""
     generator = torch.Generator().manual_seed(4)
     network = _linear_network(generator)
@@ -110,7 +116,7 @@ def box_case(*, num_images=80):
     down_N1D = x_ND.clamp(max=threat.epsilon_pixels)[:, None]
     lead_NK, slope_NKD = _leads(network, levels_NCHW)
     loss_NKD = torch.where(slope_NKD < 0, -slope_NKD * up_N1D, slope_NKD * down_N1D)
-    return _case(network, levels_NCHW, threat, lead_NK / loss_NKD.sum(-1))
+    return _linear_case(network, levels_NCHW, threat, lead_NK / loss_NKD.sum(-1))
 
 
 def _linear_network(generator):
@@ -127,31 +133,162 @@ def _leads(network, levels_NCHW):
     return logits_NK.gather(1, y_N[:, None]) - logits_NK, weight_KD[y_N][:, None] - weight_KD
 
 
-def planar_case(*, num_images=60):
-    """Two pixels and one hidden layer of ReLU; linf.
+def _linear_case(network, levels_NCHW, threat, lead_over_most_NK):
+    y_N = _labels(network, levels_NCHW)
+    rivals_NK = lead_over_most_NK.scatter(1, y_N[:, None], torch.inf)
+    return _case(network, levels_NCHW, threat, rivals_NK.amin(dim=1))
 
-    Between the lines where a hidden unit begins the network is linear, so the worst point of the
-    square around an image is where two of these lines or of its sides meet.
-    """
+
+def planar_case(*, num_images=40):
+    """Two pixels and one hidden layer of ReLU; linf."""
     generator = torch.Generator().manual_seed(5)
     network = nn.Sequential(nn.Flatten(), nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 4))
     for parameter in network.parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator)
-    network[1].bias.data = -network[1].weight.data @ torch.rand(2, 8, generator=generator).diag()
+    kinks_H2 = torch.rand(8, 2, generator=generator)
+    network[1].bias.data = -(network[1].weight.data * kinks_H2).sum(dim=1)
     levels_NCHW = torch.randint(0, 256, (num_images, 1, 1, 2), generator=generator)
-    return network, levels_NCHW
+    threat, y_N = ThreatModel(epsilon_pixels=0.1), _labels(network, levels_NCHW)
+    x_N2 = levels_NCHW.flatten(1).double() / 255
+    worst_N = torch.stack(
+        [_worst_margin(network, x_2, int(y), threat) for x_2, y in zip(x_N2, y_N, strict=True)]
+    )
+    return _case(network, levels_NCHW, threat, 1 - worst_N)
 
 
-def _case(network, levels_NCHW, threat, surplus_NK):
+def _worst_margin(network, x_2, y, threat):
+    """Between the lines on which hidden units begin the network is linear.
+
+    So the worst point around an image is where two such lines, or sides of the square, meet.
+    """
+    weight_H2, bias_H = network[1].weight.data.double(), network[1].bias.data.double()
+    low_2, high_2 = ((x_2 + sign * threat.epsilon_pixels).clamp(0, 1) for sign in (-1, 1))
+    normals_L2 = torch.cat([weight_H2, torch.eye(2).double(), torch.eye(2).double()])
+    offsets_L = torch.cat([-bias_H, low_2, high_2])
+    pairs_P2 = torch.tensor(list(combinations(range(len(offsets_L)), 2)))
+    pairs_P2 = pairs_P2[torch.linalg.det(normals_L2[pairs_P2]).abs() > 1e-9]
+    points_P2 = torch.linalg.solve(normals_L2[pairs_P2], offsets_L[pairs_P2])
+    is_inside_P2 = (points_P2 >= low_2 - 1e-9) & (points_P2 <= high_2 + 1e-9)
+    points_P2 = points_P2[is_inside_P2.all(dim=1)]
+    hidden_PH = (points_P2 @ weight_H2.T + bias_H).relu()
+    logits_PK = hidden_PH @ network[3].weight.data.double().T + network[3].bias.data.double()
+    margin_PK = logits_PK - logits_PK[:, y : y + 1]
+    margin_PK[:, y] = -torch.inf
+    return margin_PK.max()
+
+
+def _labels(network, levels_NCHW):
     with torch.no_grad():
-        y_N = network(levels_NCHW.float() / 255).argmax(dim=1)
-    surplus_N = surplus_NK.scatter(1, y_N[:, None], torch.inf).amin(dim=1)
-    assert float((surplus_N - 1).abs().min()) > 1e-4  # or rounding decides
-    assert 0.3 < float((surplus_N > 1).double().mean()) < 0.7  # or the case says little
+        return network(levels_NCHW.float() / 255).argmax(dim=1)
+
+
+def _case(network, levels_NCHW, threat, lead_over_most_N):
+    assert float((lead_over_most_N - 1).abs().min()) > 1e-4  # or rounding decides
+    assert 0.3 < float((lead_over_most_N > 1).double().mean()) < 0.7  # or the case says little
     return Case(
         network=network,
         levels_NCHW=levels_NCHW.to(torch.uint8),
-        y_N=y_N,
+        y_N=_labels(network, levels_NCHW),
         threat=threat,
-        surplus_N=surplus_N,
+        lead_over_most_N=lead_over_most_N,
     )
+
+
+def check_sound(case, names=AUTOATTACK, *, mode="fast", batch_size=1000):
+    """What is robust stands; returns what stands."""
+    stages = stages_of(names, threat=case.threat, mode=mode)
+    found = evaluate(case.subject, case.split, stages, batch_size=batch_size)
+    stands = stands_N(found)
+    assert len(stands) == len(case.y_N), "an image is missing"
+    assert not (case.is_robust_N & ~stands).any(), "an image that is provably robust was broken"
+    return stands
+
+
+def check_exact(case, names=AUTOATTACK, *, mode="fast", batch_size=1000):
+    """What is robust stands, and nothing else."""
+    missed_N = check_sound(case, names, mode=mode, batch_size=batch_size) & ~case.is_robust_N
+    assert not missed_N.any(), f"{int(missed_N.sum())} of {len(missed_N)} images flatter"
+
+
+def check_exact_but_for_the_border(case, names, *, mode="fast"):
+    """Misses only what it would break if epsilon were 1 % larger."""
+    missed_N = check_sound(case, names, mode=mode) & ~case.is_robust_N
+    assert (case.lead_over_most_N[missed_N] > 0.99).all()
+
+
+def check_misses_something(case, names, *, mode):
+    """Sound, and weaker than the truth, as is known of this attack."""
+    missed_N = check_sound(case, names, mode=mode) & ~case.is_robust_N
+    assert 0 < int(missed_N.sum()) < int((~case.is_robust_N).sum())
+
+
+@both_norms
+@both_modes
+@pytest.mark.parametrize("names", [("apgd_dlr",), ("apgd_t",), AUTOATTACK], ids="+".join)
+def test_linear_model_is_judged_exactly(norm, mode, names):
+    check_exact(linear_case(norm), names, mode=mode)
+
+
+@pytest.mark.parametrize(("norm", "mode"), [("linf", "compat"), ("l2", "fast")])
+def test_linear_model_is_judged_by_fab_up_to_its_overshoot(norm, mode):
+    """FAB goes 5 % too far and comes back in smaller steps."""
+    check_exact_but_for_the_border(linear_case(norm), ("fab_t",), mode=mode)
+
+
+@both_norms
+@both_modes
+@pytest.mark.parametrize("name", ["apgd_ce", "square"])
+def test_linear_model_that_is_robust_stands_against_weaker_attacks(norm, mode, name):
+    """Cross-entropy climbs towards classes out of reach; so few random squares do not suffice."""
+    check_misses_something(linear_case(norm), (name,), mode=mode)
+
+
+@both_modes
+@pytest.mark.parametrize("names", [("apgd_t",), AUTOATTACK], ids="+".join)
+def test_linear_model_at_the_border_of_the_box_is_judged_exactly(mode, names):
+    check_exact(box_case(), names, mode=mode)
+
+
+@pytest.mark.parametrize(("name", "mode"), [("apgd_dlr", "compat"), ("fab_t", "fast")])
+def test_linear_model_at_the_border_of_the_box_is_judged_closely(name, mode):
+    check_exact_but_for_the_border(box_case(), (name,), mode=mode)
+
+
+@both_modes
+def test_planar_relu_network_is_judged_exactly(mode):
+    check_exact(planar_case(), mode=mode)
+
+
+@both_norms
+@both_modes
+def test_images_certified_by_interval_bounds_stand(norm, mode):
+    generator = torch.Generator().manual_seed(6)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(48, 24), nn.ReLU(), nn.Linear(24, 5))
+    for layer in (network[1], network[3]):
+        layer.weight.data = torch.randn(layer.weight.shape, generator=generator)
+        layer.bias.data = torch.randn(layer.bias.shape, generator=generator)
+    levels_NCHW = torch.randint(0, 256, (60, 3, 4, 4), generator=generator)
+    threat = ThreatModel(norm=norm, epsilon_pixels={"linf": 0.01, "l2": 0.05}[norm])
+    y_N = _labels(network, levels_NCHW)
+    is_certified_N = _is_certified(network, levels_NCHW.flatten(1) / 255, y_N, threat)
+    split = split_of(levels_NCHW.to(torch.uint8), y_N)
+    stages = stages_of(AUTOATTACK, threat=threat, mode=mode)
+    stands = stands_N(evaluate(network_subject(network.eval(), CPU), split, stages))
+    assert stands[is_certified_N].all()
+    assert 10 < int(is_certified_N.sum()) <= int(stands.sum()) < 58  # of 60
+
+
+def _is_certified(network, x_ND, y_N, threat):
+    """Gowal et al., "Scalable verified training for provably robust image classification", 2019.
+
+    In l2 the first layer is bounded by Cauchy and Schwarz.
+    """
+    first, last = network[1], network[3]
+    order = 1 if threat.norm == "linf" else 2
+    reach_H = threat.epsilon_pixels * first.weight.data.norm(p=order, dim=1)
+    centre_NH = x_ND @ first.weight.data.T + first.bias.data
+    low_NH, high_NH = (centre_NH - reach_H).relu(), (centre_NH + reach_H).relu()
+    slope_NKH = last.weight.data[y_N][:, None] - last.weight.data
+    low_NK = torch.where(slope_NKH > 0, slope_NKH * low_NH[:, None], slope_NKH * high_NH[:, None])
+    low_NK = low_NK.sum(-1) + last.bias.data[y_N][:, None] - last.bias.data
+    return (low_NK.scatter(1, y_N[:, None], torch.inf) > 0).all(dim=1)
