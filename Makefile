@@ -6,12 +6,15 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN ?= runs/cifar10-small
 
-.PHONY: help install install-dev demo test lint types contracts evidence bench cifar10-small clean
+.PHONY: help install install-dev demo test lint types contracts evidence evidence-cifar10 bench \
+  bench-verify cifar10-small clean
 
 help:
 	@sed -n '2,3s/^#   //p' Makefile
-	@echo 'make evidence  slow results: three seeds of the demo -> docs/results/'
+	@echo 'make evidence  slow results: three seeds of the demo, error rates of the gate -> docs/results/'
+	@echo 'make evidence-cifar10 CIFAR10=folder TEACHERS=folder   healthy models raise no alarm'
 	@echo 'make bench     one B-MTARD step against the authors'"'"' manner -> docs/results/'
+	@echo 'make bench-verify CIFAR10=folder TEACHERS=folder   AutoAttack, ours and theirs'
 	@echo 'make cifar10-small CIFAR10=folder TEACHERS=folder [RUN=folder]'
 
 .venv/installed: pyproject.toml
@@ -45,13 +48,38 @@ contracts: install-dev
 
 evidence: install
 	$(BIN)/python examples/digits_demo.py --seeds 0 1 2 --write docs/results/digits-demo.md
+	$(BIN)/python tests/evidence/gate_simulation.py --write docs/results/gate-simulation.md
+
+NEEDS_CIFAR10 = @test -n '$(CIFAR10)' && test -n '$(TEACHERS)' || \
+  { echo 'usage: make $@ CIFAR10=folder TEACHERS=folder'; exit 2; }
+SMALL := docs/results/cifar10-small/model.safetensors
+ROBUST_TEACHER = resnet18:$(TEACHERS)/robust_resnet18_w0.5.safetensors
+
+evidence-cifar10: install
+	$(NEEDS_CIFAR10)
+	$(BIN)/python tests/evidence/healthy_models.py --cifar10 '$(CIFAR10)' --teachers '$(TEACHERS)' \
+	  --digits runs/digits-demo/seed-*/student-b-mtard --square \
+	  --write docs/results/healthy-models.md
 
 bench: install-dev
 	$(BIN)/python tests/bench/bench_step.py --rounds 5 --write docs/results/bench-step.md
 
+# torchattacks lies apart: it brings a package `robustbench` that is not RobustBench, and old pins.
+.venv/torchattacks: .venv/installed-dev
+	$(BIN)/python -m pip install --quiet --no-deps --target $@ torchattacks==3.5.1 scipy requests
+	@touch $@
+
+bench-verify: install-dev .venv/torchattacks
+	$(NEEDS_CIFAR10)
+	$(BIN)/python tests/bench/bench_verify.py --model $(SMALL) --name cifar10-small \
+	  --data 'imagefolder:$(CIFAR10)' --images 300 --chunk 150 \
+	  --torchattacks .venv/torchattacks --write docs/results/bench-verify-student.md
+	$(BIN)/python tests/bench/bench_verify.py --model '$(ROBUST_TEACHER)' --name robust-teacher \
+	  --data 'imagefolder:$(CIFAR10)' --images 100 --chunk 50 \
+	  --engines 'ours, fast' pyautoattack --write docs/results/bench-verify-teacher.md
+
 cifar10-small: install
-	@test -n '$(CIFAR10)' && test -n '$(TEACHERS)' || \
-	  { echo 'usage: make cifar10-small CIFAR10=folder TEACHERS=folder'; exit 2; }
+	$(NEEDS_CIFAR10)
 	$(BIN)/robust-compress distill examples/recipes/cifar10-small.toml --out $(RUN) \
 	  $(if $(wildcard $(RUN)/recipe.resolved.json),--resume) \
 	  --data 'imagefolder:$(CIFAR10)' \

@@ -167,6 +167,8 @@ def _plan(
     cost = image_cost(report, accuracy=assumed_accuracy)
     output.result({"rules": [asdict(plan) for plan in plans], "cost_per_image": asdict(cost)})
     print_plan(plans, cost, output)
+    if report is None and policy.per_class != type(policy.per_class)():
+        output.say("per_class is not planned: a report is needed, for the number of classes.")
 
 
 def _write(

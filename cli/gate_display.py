@@ -64,8 +64,8 @@ def print_plan(plans: Sequence["RulePlan"], cost: "ImageCost", output: Output) -
         "twice as far above it. A dash: the assumption is too close to the limit, or below it."
     )
     needed = [plan.num_fixed for plan in plans]
-    if needed and None not in needed:
-        _print_cost(max(n for n in needed if n is not None), cost, output)
+    if None not in needed:
+        _print_cost(max((n for n in needed if n is not None), default=0), cost, output)
     else:
         output.say("No number of images is likely to show all rules under these assumptions.")
 

@@ -36,7 +36,7 @@ def verify(
         str | None, typer.Option(help="Where the test images lie, if the run does not say it.")
     ] = None,
     attacks: Annotated[
-        str, typer.Option(metavar="NAMES", help="papers, autoattack, or names with commas.")
+        str, typer.Option(metavar="NAMES", help="papers, autoattack, or names, with commas.")
     ] = "papers,autoattack",
     mode: Annotated[
         str, typer.Option(help="fast, or compat: the cascade as AutoAttack was released.")

@@ -33,8 +33,8 @@ MAX_RANDOM = 0.5
 
 ACTIVE_TEST = Check(
     name="active_test",
-    threshold=f"alarm if finding {MIN_FOUND:.0%} of them is refuted with p < {SIGNIFICANCE:.0%}; "
-    f"says nothing if random search finds more than {MAX_RANDOM:.0%}",
+    threshold=f"alarm if fewer than {100 * MIN_FOUND:g} % are found: exact test, "
+    f"p < {100 * SIGNIFICANCE:g} %; says nothing if random search finds {100 * MAX_RANDOM:g} %",
     advice="In this very model, images were given an adversarial image inside the ball, and the "
     "attack missed some, so what it did not break says nothing. Look for hidden gradients, too "
     "small a step, too few steps, or an attack that loses what it found.",

@@ -35,50 +35,49 @@ MIN_REACHED = 0.8
 
 
 def _threshold(share: float, of_what: str) -> str:
-    return (
-        f"alarm if a share of {share:.1%} {of_what} is refuted, p < {SIGNIFICANCE:.0%} after Holm"
-    )
+    level = f"{100 * SIGNIFICANCE:g} %"
+    return f"alarm if more than {100 * share:g} % {of_what}: exact test, p < {level} after Holm"
 
 
 NOISE = Check(
     name="noise",
-    threshold=_threshold(NEVER, "broken by noise alone"),
+    threshold=_threshold(NEVER, "are broken by noise alone"),
     advice="Random points break images that the white-box attacks could not, so these were not "
     "following useful gradients. Look for hidden gradients or a fault in the attack.",
 )
 BLACK_BOX = Check(
     name="black_box",
-    threshold=_threshold(NEVER, "broken by Square alone"),
+    threshold=_threshold(NEVER, "are broken by Square alone"),
     advice="An attack without gradients breaks images that those with gradients could not: the "
     "gradients are hidden. Attack through a differentiable form of the model.",
 )
 TRANSFER = Check(
     name="transfer",
-    threshold=_threshold(NEVER, "broken by transferred images alone"),
+    threshold=_threshold(NEVER, "are broken by transferred images alone"),
     advice="Adversarial images made on a teacher, without looking at the model, break images that "
     "attacks on the model could not: its gradients are hidden.",
 )
 MORE_SEARCH = Check(
     name="more_search",
-    threshold=_threshold(SELDOM, f"broken only by {LONGER} times the steps and new starts"),
+    threshold=_threshold(SELDOM, f"are broken only by {LONGER} times the steps and new starts"),
     advice="A longer search from other starts still breaks images, so the attack had not ended its "
     "work. Give it more steps or restarts.",
 )
 SILENT_SUCCESS = Check(
     name="silent_success",
-    threshold=_threshold(NEVER, "fooled on the way and not in the end"),
+    threshold=_threshold(NEVER, "are fooled on the way and not in the end"),
     advice="The attack met adversarial images and did not give them back. Return the best point, "
     "not the last one.",
 )
 CONVERGED = Check(
     name="converged",
-    threshold=_threshold(HALF, f"that reach less than {MIN_REACHED:.0%} of a longer search"),
+    threshold=_threshold(HALF, f"reach less than {100 * MIN_REACHED:g} % of a longer search"),
     advice="A longer search raises the margin far beyond what the attack reached: too few steps, "
     "too small ones, or in a wrong direction.",
 )
 UNCONSTRAINED = Check(
     name="unconstrained",
-    threshold=_threshold(SELDOM, "that stand against gradient steps over the whole of [0, 1]"),
+    threshold=_threshold(SELDOM, "stand against gradient steps over all of [0, 1]"),
     advice="With no limit on the change every image can be turned into any other, so standing "
     "images show that gradients lead nowhere.",
 )
@@ -242,7 +241,7 @@ def _converged(*, clean_M: Tensor, attack_M: Tensor, longer_M: Tensor) -> _Conte
     return _Contest(
         check=CONVERGED,
         found=f"{num_short} of {len(reached_M)} images reach less, the median reaches "
-        f"{float(reached_M.median()):.0%}",
+        f"{100 * float(reached_M.median()):.0f} %",
         num_events=num_short,
         num_total=len(reached_M),
         tolerance=HALF,

@@ -16,7 +16,7 @@ from compressor.verification import Verification, attack_chunks
 from compressor.verification_progress import VerificationProgress
 from compressor.verification_report import cost_rows
 from compressor.verification_request import VerificationRequest, prepare
-from compressor.verification_workflow import Evidence, conclude, describe, teachers_of
+from compressor.verification_workflow import Evidence, conclude, describe
 
 CHUNK_SIZE = 50
 """Images between two looks: fewer are attacked more slowly, more are decided on later."""
@@ -67,7 +67,7 @@ def gate_live(
     )
     prepared = prepare(request)
     prepared = replace(prepared, files=ReportFiles(folder=prepared.files.folder, label="live"))
-    cost = cost_rows(prepared.target, prepared.model, teachers_of(prepared))
+    cost = cost_rows(prepared.target, prepared.model, prepared.teachers)
     journal = prepared.journal()
     found: Verification | None = None
     ended_because = "the gate was decided"

@@ -29,14 +29,14 @@ FINITE_GRADIENTS = Check(
 )
 ZERO_GRADIENT = Check(
     name="zero_gradient",
-    threshold=f"alarm above {MAX_FRACTION:.0%}",
+    threshold=f"alarm above {100 * MAX_FRACTION:g} %",
     advice="The margin does not change with the image as far as gradients can tell: rounding, a "
     "step function or a detached layer hides them. Replace that layer by a differentiable one in "
     "the attacked model, or attack with one.",
 )
 SATURATED_LOSS = Check(
     name="saturated_loss",
-    threshold=f"alarm above {MAX_FRACTION:.0%}",
+    threshold=f"alarm above {100 * MAX_FRACTION:g} %",
     advice="Logits are so large that cross-entropy is flat in float32, as after distilling at a "
     "temperature. Attacks on cross-entropy stand still; divide the logits by a constant.",
 )

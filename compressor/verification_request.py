@@ -26,8 +26,10 @@ from compressor.networks import evaluation_mode
 from compressor.performance import Performance, resolve_performance
 from compressor.performance_settings import PerformanceSettings
 from compressor.report_files import ReportFiles
+from compressor.teachers import Teacher
 from compressor.threat import Norm, ThreatModel, format_pixels
 from compressor.verification import VerificationPlan, network_subject
+from compressor.verification_report import found_teachers, training_facts
 from compressor.verification_target import Model, Target, load_target, open_target
 
 DEFAULT_ATTACKS = (*PAPER_ATTACKS, *AUTOATTACK)
@@ -64,6 +66,8 @@ class Prepared:
     model: Model
     split: TestSplit
     threat: ThreatModel
+    teachers: Sequence[Teacher]
+    """Those of the run that can still be found, on the device."""
     stages: Sequence[Stage]
     plan: VerificationPlan
     performance: Performance
@@ -102,7 +106,7 @@ class Prepared:
             return
         with evaluation_mode(network):
             if self.request.mode == "compat":
-                subject = _as_released(network.to(self.performance.device))
+                subject = _as_released(network, self.performance)
             else:
                 subject = network_subject(network, self.performance)
             yield subject if onnx is None else replace(subject, answer=onnx)
@@ -126,9 +130,17 @@ def prepare(request: VerificationRequest) -> Prepared:
         num_images=request.num_images,
     )
     model = load_target(target, split)
+    training_facts(target)  # or what is missing would be found after hours of attacks
     threat = _threat(request, target, split)
     batch_size = request.batch_size or _batch_size(split)
-    stages = build_stages(names, threat=threat, mode=request.mode, batch_size=batch_size)
+    teachers = _teachers(target, split, performance)
+    stages = build_stages(
+        names,
+        threat=threat,
+        mode=request.mode,
+        batch_size=batch_size,
+        sources=[teacher.network for teacher in teachers if teacher.network is not None],
+    )
     if model.network is None:
         stages = ()
     elif model.onnx is not None:
@@ -139,6 +151,7 @@ def prepare(request: VerificationRequest) -> Prepared:
         model=model,
         split=split,
         threat=threat,
+        teachers=teachers,
         stages=stages,
         plan=VerificationPlan(
             stages=stages,
@@ -152,6 +165,16 @@ def prepare(request: VerificationRequest) -> Prepared:
         ),
         started_at_seconds=started_at_seconds,
     )
+
+
+def _teachers(target: Target, split: TestSplit, performance: Performance) -> list[Teacher]:
+    if target.recipe is None or target.facts is None:
+        return []
+    teachers = found_teachers(target.recipe, target.facts, class_names=split.class_names)
+    for teacher in teachers:
+        if teacher.network is not None:
+            performance.place_network(teacher.network)
+    return teachers
 
 
 def _threat(request: VerificationRequest, target: Target, split: TestSplit) -> ThreatModel:
@@ -185,13 +208,14 @@ def _batch_size(split: TestSplit) -> int:
 
 def _on_the_file(stage: Stage) -> Stage:
     """White-box on the source, black-box on the file itself."""
-    if stage.kind == "black-box":
+    if stage.kind != "white-box":
         return replace(stage, runs_on="answer")
     return stage if stage.runs_on != "answer" else replace(stage, runs_on="float32")
 
 
-def _as_released(network: torch.nn.Module) -> Subject:
+def _as_released(network: torch.nn.Module, performance: Performance) -> Subject:
     """One function in float32, in the memory layout that the released code has."""
+    network = network.to(performance.device)
 
     def answer(x_NCHW: torch.Tensor) -> torch.Tensor:
         return network(x_NCHW.contiguous())  # type: ignore[no-any-return]

@@ -25,11 +25,7 @@ _NOT_RUN = f"the attacks that were run do not include {_STRONGEST}, so there is 
 
 
 def check_verification(
-    prepared: Prepared,
-    subject: Subject,
-    found: Verification,
-    *,
-    teachers: Sequence[Teacher],
+    prepared: Prepared, subject: Subject, found: Verification
 ) -> tuple[ValidityRow, ...]:
     """The checks of `compressor.validity` on the first images.
 
@@ -59,7 +55,7 @@ def check_verification(
         broken_by_square_N=_broken(samples, prepared.stages, kind="black-box", device=batch.y_N)
         if "square" in by_name
         else None,
-        teachers=_differentiable(teachers),
+        teachers=_differentiable(prepared.teachers),
         features=penultimate_features(network, batch.x_NCHW) if is_whole else None,
     )
     rows = check_validity(claim)

@@ -24,7 +24,6 @@ from compressor.report_files import ReportFiles
 from compressor.report_markdown import to_markdown
 from compressor.run_directory import write_text_atomically
 from compressor.samples import to_table, write_csv
-from compressor.teachers import Teacher
 from compressor.verification import Verification, attack_chunks
 from compressor.verification_gallery import choose_gallery, first_images
 from compressor.verification_progress import VerificationProgress
@@ -33,7 +32,6 @@ from compressor.verification_report import (
     cost_rows,
     count_standing,
     eight_bit_facts,
-    found_teachers,
     training_facts,
 )
 from compressor.verification_request import Prepared, VerificationRequest, prepare
@@ -109,30 +107,21 @@ def conclude(
         tell: told in words what is done.
         ended_because: why, if not all planned images are done.
     """
-    teachers = teachers_of(prepared)
     validity: tuple[ValidityRow, ...] = ()
     curve: tuple[CurvePoint, ...] = ()
     if prepared.stages:
         tell("checking that the evaluation can be believed")
-        validity = check_verification(prepared, subject, found, teachers=teachers)
+        validity = check_verification(prepared, subject, found)
         tell("measuring accuracy at other radii")
         num_images = min(NUM_CURVE_IMAGES, len(found.samples))
         batch = first_images(prepared.split, prepared.plan, num_images=num_images)
         curve = accuracy_curve(subject, batch, found.samples[:num_images], threat=prepared.threat)
     tell("measuring latency")
-    cost = cost_rows(prepared.target, prepared.model, teachers)
+    cost = cost_rows(prepared.target, prepared.model, prepared.teachers)
     evidence = Evidence(validity=validity, curve=curve, cost=cost)
     report = describe(prepared, found, evidence=evidence, ended_because=ended_because)
     _write(report, prepared, subject, found)
     return report
-
-
-def teachers_of(prepared: Prepared) -> list[Teacher]:
-    """Those of the run that can still be found."""
-    recipe, facts = prepared.target.recipe, prepared.target.facts
-    if recipe is None or facts is None:
-        return []
-    return found_teachers(recipe, facts, class_names=prepared.split.class_names)
 
 
 def describe(

@@ -16,9 +16,11 @@ from compressor.attacks.compat import ReleasedSearch, ReleasedTargets
 from compressor.attacks.draws import Draws, KeyedDraws, seeded_draws
 from compressor.attacks.fab import FAB
 from compressor.attacks.fixed import FixedAttack
+from compressor.attacks.protocol import Model
 from compressor.attacks.search import Search
 from compressor.attacks.square import Square
 from compressor.attacks.targeted import Targeted
+from compressor.attacks.transfer import Transfer
 from compressor.errors import UsageError
 from compressor.losses import dlr, targeted_dlr
 from compressor.randomness import child_keys
@@ -35,7 +37,7 @@ AUTOATTACK = ("apgd_ce", "apgd_t", "fab_t", "square")
 GROUPS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {"papers": PAPER_ATTACKS, "autoattack": AUTOATTACK}
 )
-ATTACK_NAMES = (*PAPER_ATTACKS, "apgd_ce", "apgd_dlr", "apgd_t", "fab_t", "square")
+ATTACK_NAMES = (*PAPER_ATTACKS, "transfer", "apgd_ce", "apgd_dlr", "apgd_t", "fab_t", "square")
 """All attacks, in the order in which they run: what breaks samples soonest comes first."""
 
 
@@ -94,9 +96,25 @@ def protocol_of(names: Sequence[str], mode: Mode) -> str:
 
 
 def build_stages(
-    names: Sequence[str], *, threat: ThreatModel, mode: Mode, batch_size: int
+    names: Sequence[str],
+    *,
+    threat: ThreatModel,
+    mode: Mode,
+    batch_size: int,
+    sources: Sequence[Model] = (),
 ) -> tuple[Stage, ...]:
-    """The stages of these attacks, in order."""
+    """The stages of these attacks, in order.
+
+    Args:
+        names: see `expand_names`.
+        threat: what the attacker may do.
+        mode: of AutoAttack's four.
+        batch_size: rows of one pass.
+        sources: models from which `transfer` takes its images.
+
+    Raises:
+        UsageError: if there is nothing to transfer from.
+    """
     papers = evaluation_attacks(threat)
     stages = [
         Stage(
@@ -111,8 +129,27 @@ def build_stages(
         for name in names
         if name in papers
     ]
+    if "transfer" in names:
+        stages.append(_transfer(threat, sources))
     build = _fast if mode == "fast" else _compat
-    return (*stages, *(build(name, threat, batch_size) for name in names if name not in papers))
+    rest = [name for name in names if name not in papers and name != "transfer"]
+    return (*stages, *(build(name, threat, batch_size) for name in rest))
+
+
+def _transfer(threat: ThreatModel, sources: Sequence[Model]) -> Stage:
+    if not sources:
+        raise UsageError(
+            "there is nothing to transfer from: no teacher of the run could be found that has a "
+            "gradient; leave `transfer` out, or put the teachers back where they were"
+        )
+    return Stage(
+        name="transfer",
+        kind="transfer",
+        search=Transfer(attack=APGD(threat=threat, objective=dlr), sources=sources),
+        runs_on="answer",
+        parameters={"num_steps": 100, "num_sources": len(sources)},
+        max_passes=202 * len(sources),
+    )
 
 
 def _fast(name: str, threat: ThreatModel, batch_size: int) -> Stage:

@@ -40,7 +40,7 @@ class Case:
     """Lead of the label over what an attacker can take from it; robust above 1."""
 
     @property
-    def is_robust_N(self):
+    def is_robust(self):
         return self.lead_over_most_N > 1
 
     @property
@@ -87,7 +87,7 @@ def evaluate(subject, split, stages, *, batch_size=1000):
     return found
 
 
-def stands_N(found):
+def standing(found):
     """Which images no attack broke, in the order of the split."""
     samples = sorted(found.samples, key=lambda sample: sample.index)
     return torch.tensor([sample.broken_by is None for sample in samples])
@@ -198,28 +198,28 @@ def check_sound(case, names=AUTOATTACK, *, mode="fast", batch_size=1000):
     """What is robust stands; returns what stands."""
     stages = stages_of(names, threat=case.threat, mode=mode)
     found = evaluate(case.subject, case.split, stages, batch_size=batch_size)
-    stands = stands_N(found)
+    stands = standing(found)
     assert len(stands) == len(case.y_N), "an image is missing"
-    assert not (case.is_robust_N & ~stands).any(), "an image that is provably robust was broken"
+    assert not (case.is_robust & ~stands).any(), "an image that is provably robust was broken"
     return stands
 
 
 def check_exact(case, names=AUTOATTACK, *, mode="fast", batch_size=1000):
     """What is robust stands, and nothing else."""
-    missed_N = check_sound(case, names, mode=mode, batch_size=batch_size) & ~case.is_robust_N
+    missed_N = check_sound(case, names, mode=mode, batch_size=batch_size) & ~case.is_robust
     assert not missed_N.any(), f"{int(missed_N.sum())} of {len(missed_N)} images flatter"
 
 
 def check_exact_but_for_the_border(case, names, *, mode="fast"):
     """Misses only what it would break if epsilon were 1 % larger."""
-    missed_N = check_sound(case, names, mode=mode) & ~case.is_robust_N
+    missed_N = check_sound(case, names, mode=mode) & ~case.is_robust
     assert (case.lead_over_most_N[missed_N] > 0.99).all()
 
 
 def check_misses_something(case, names, *, mode):
     """Sound, and weaker than the truth, as is known of this attack."""
-    missed_N = check_sound(case, names, mode=mode) & ~case.is_robust_N
-    assert 0 < int(missed_N.sum()) < int((~case.is_robust_N).sum())
+    missed_N = check_sound(case, names, mode=mode) & ~case.is_robust
+    assert 0 < int(missed_N.sum()) < int((~case.is_robust).sum())
 
 
 @both_norms
@@ -273,7 +273,7 @@ def test_images_certified_by_interval_bounds_stand(norm, mode):
     is_certified_N = _is_certified(network, levels_NCHW.flatten(1) / 255, y_N, threat)
     split = split_of(levels_NCHW.to(torch.uint8), y_N)
     stages = stages_of(AUTOATTACK, threat=threat, mode=mode)
-    stands = stands_N(evaluate(network_subject(network.eval(), CPU), split, stages))
+    stands = standing(evaluate(network_subject(network.eval(), CPU), split, stages))
     assert stands[is_certified_N].all()
     assert 10 < int(is_certified_N.sum()) <= int(stands.sum()) < 58  # of 60
 

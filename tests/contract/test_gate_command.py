@@ -192,7 +192,7 @@ def test_names_are_not_markup(folder, capsys, make_report):
     assert call("gate '[bold].json' --policy gate.toml") == ExitCode.INVALID
     out = words(capsys.readouterr().out)
     assert "[red]x[/red], n = 100" in out
-    assert "attacks.[red]a" in out
+    assert "attacks.[red]a nothing - >= 50 % UNVERIFIED" in out
 
 
 # The plan
@@ -210,6 +210,14 @@ def test_plan_with_a_report_as_json(folder, capsys):
     plan = json.loads(capsys.readouterr().out)
     assert [rule["assumed_accuracy"] for rule in plan["rules"]] == [1.0, 0.8]
     assert plan["cost_per_image"]["source"] == "as measured by the report"
+
+
+def test_plan_says_what_it_leaves_out(folder, capsys):
+    Path("gate.toml").write_text("schema=1\n[per_class]\nmin_clean_accuracy=0.5\n")
+    assert call("gate --policy gate.toml --plan") == 0
+    assert "per_class is not planned: a report is needed" in words(capsys.readouterr().out)
+    call("gate pass.json --policy gate.toml --plan")
+    assert "not planned" not in capsys.readouterr().out
 
 
 def test_plan_says_that_no_number_helps(folder, capsys):

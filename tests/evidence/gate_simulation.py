@@ -36,8 +36,6 @@ CONFIDENCE = 0.95
 CHUNK_SIZE = 50
 SIZES = (50, 100, 200, 500, 1_000, 2_000)
 LIMIT = 0.45
-TOLERANCE = 0.004
-"""Of a measured rate of 5 %: two standard errors of 10,000 draws."""
 
 
 @dataclass(frozen=True, kw_only=True)

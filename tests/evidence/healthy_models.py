@@ -19,13 +19,14 @@ from pathlib import Path
 import torch
 
 from compressor.active_test import penultimate_features
+from compressor.attacks.protocol import Model
 from compressor.attacks.search import by_logits
 from compressor.attacks.stages import Stage, build_stages
 from compressor.claim import Claim
 from compressor.data import Batch, TestSplit, evaluation_batches, load_test_split
 from compressor.environment import describe_environment
 from compressor.folding import EvaluationView
-from compressor.performance import resolve_performance
+from compressor.performance import Performance, resolve_performance
 from compressor.performance_settings import PerformanceSettings
 from compressor.recipe import DataRecipe, TeacherRecipe
 from compressor.report import ValidityRow
@@ -68,10 +69,11 @@ class Result:
 def main() -> None:
     """Check every model for every seed and write the page."""
     options = _options()
-    performance = resolve_performance(PerformanceSettings(device=options.device))
+    device = resolve_performance(PerformanceSettings(device=options.device)).device
+    performance = Performance(device=device)  # in float32
     results = []
     for group in _groups(options):
-        for result in check_group(group, options, device=performance.device):
+        for result in check_group(group, options, performance):
             results.append(result)
             alarms = [row.name for row in result.rows if row.status == "alarm"]
             sys.stderr.write(
@@ -121,7 +123,7 @@ def _groups(options: argparse.Namespace) -> Iterator[Group]:
 
 
 def check_group(
-    group: Group, options: argparse.Namespace, *, device: torch.device
+    group: Group, options: argparse.Namespace, performance: Performance
 ) -> Iterator[Result]:
     """Every model of the group, for every seed."""
     recipe = DataRecipe(source=group.data_source, validation_size=100)
@@ -129,67 +131,74 @@ def check_group(
         split = load_test_split(
             recipe,
             settings=PerformanceSettings(),
-            device=device,
+            device=performance.device,
             num_images=options.images,
             seed=seed,
         )
         batch = next(iter(evaluation_batches(split, batch_size=options.images, seed=seed)))
-        models = {name: _load(source, split, device) for name, source in group.sources.items()}
-        for name in models:
-            yield check_model(name, models, batch, group.threat, options, seed=seed)
+        models = {
+            name: performance.place_network(_load(source, split))
+            for name, source in group.sources.items()
+        }
+        views = {name: EvaluationView(network, performance) for name, network in models.items()}
+        stages = build_stages(_attacks(options), threat=group.threat, mode="fast", batch_size=250)
+        for name, network in models.items():
+            features = penultimate_features(network, batch.x_NCHW)
+            yield check_model(name, views, features, batch, stages, seed=seed)
 
 
-def _load(source: str, split: TestSplit, device: torch.device) -> torch.nn.Module:
+def _attacks(options: argparse.Namespace) -> tuple[str, ...]:
+    return (*ATTACKS, "square") if options.square else ATTACKS
+
+
+def _load(source: str, split: TestSplit) -> torch.nn.Module:
     model = load_model(
         TeacherRecipe(role="robust", source=source),
         class_names=split.class_names,
         image_shape=split.image_shape,
     )
-    return model.network.to(device).eval()
+    return model.network.eval()
 
 
 def check_model(
     name: str,
-    models: Mapping[str, torch.nn.Module],
+    models: Mapping[str, Model],
+    features: Model | None,
     batch: Batch,
-    threat: ThreatModel,
-    options: argparse.Namespace,
+    stages: Sequence[Stage],
     *,
     seed: int,
 ) -> Result:
-    """Attack one model and doubt the result."""
+    """Attack one of the models and doubt the result."""
     started_at_seconds = time.perf_counter()
-    performance = resolve_performance(PerformanceSettings(device=options.device))
-    views = {other: EvaluationView(network, performance) for other, network in models.items()}
-    names = (*ATTACKS, "square") if options.square else ATTACKS
-    stages = build_stages(names, threat=threat, mode="fast", batch_size=250)
+    model = models[name]
     broken = {stage.name: torch.zeros_like(batch.y_N, dtype=torch.bool) for stage in stages}
     with torch.no_grad():
-        logits_NK = views[name](batch.x_NCHW)
+        logits_NK = model(batch.x_NCHW)
     is_correct_N = ~by_logits(batch.x_NCHW, logits_NK, batch.y_N)
     stands_N = is_correct_N.clone()
     for stage in stages:
         index_M = stands_N.nonzero()[:, 0]
-        broken[stage.name][index_M] = _attack(stage, views[name], batch, index_M, seed=seed)
+        broken[stage.name][index_M] = _attack(stage, model, batch, index_M, seed=seed)
         stands_N &= ~broken[stage.name]
     (strongest,) = (stage for stage in stages if stage.name == STRONGEST)
     claim = Claim(
-        model=views[name],
+        model=model,
         x_NCHW=batch.x_NCHW,
         y_N=batch.y_N,
         keys_N=batch.keys_N,
-        threat=threat,
+        threat=stages[0].search.threat,
         attack=strongest.search,
         num_steps=int(strongest.parameters["num_steps"]),
         broken_by_white_box_N=broken["apgd_ce"] | broken["apgd_t"],
         broken_by_square_N=broken.get("square"),
-        teachers={other: view for other, view in views.items() if other != name},
-        features=penultimate_features(models[name], batch.x_NCHW),
+        teachers={other: answer for other, answer in models.items() if other != name},
+        features=features,
     )
-    rows = check_validity(claim, num_images=options.images)
+    rows = check_validity(claim, num_images=len(batch.y_N))
     return Result(
         model=name,
-        threat=threat,
+        threat=claim.threat,
         seed=seed,
         num_images=len(batch.y_N),
         num_correct=int(is_correct_N.sum()),
@@ -200,16 +209,16 @@ def check_model(
 
 
 def _attack(
-    stage: Stage, view: EvaluationView, batch: Batch, index_M: torch.Tensor, *, seed: int
+    stage: Stage, model: Model, batch: Batch, index_M: torch.Tensor, *, seed: int
 ) -> torch.Tensor:
     """Which of these images the attack breaks, bool [M]."""
     x, y = batch.x_NCHW[index_M], batch.y_N[index_M]
     if not len(y):
         return torch.zeros_like(y, dtype=torch.bool)
     draws = stage.draws(x, keys_N=batch.keys_N[index_M], seed=seed)
-    found = stage.search.search(view, x, y, draws=draws, judge=by_logits).x_adv_NCHW
+    found = stage.search.search(model, x, y, draws=draws, judge=by_logits).x_adv_NCHW
     with torch.no_grad():
-        return by_logits(found, view(found), y)
+        return by_logits(found, model(found), y)
 
 
 def to_markdown(

@@ -70,6 +70,17 @@ def test_plant_puts_an_adversarial_image_in_every_ball(threat, features, x):
     assert all(threat.contains(point, x).all() for point in border)
 
 
+def test_plant_with_more_features_than_points(x):
+    def features(x_NCHW):
+        flat = x_NCHW.flatten(1)
+        return torch.cat([flat, flat**2], dim=1)
+
+    planted, places_M = plant(features, x, keys_N=torch.arange(len(x)), threat=LINF)
+    assert planted.weight_MD.isfinite().all()
+    assert len(places_M) == len(x)
+    assert row_of(features, x, LINF, apgd(LINF)).status == "passed"
+
+
 def test_plant_answers_images_in_any_order(features, x):
     planted, places_M = plant(features, x, keys_N=torch.arange(len(x)), threat=LINF)
     rows = torch.tensor([3, 1, 3, 0])

@@ -82,7 +82,7 @@ def test_worst_case_is_decided_by_exact_bounds(standing, num_standing, num_image
     assert verdict(standing(num_standing, num_images)) == expected
 
 
-@given(st.integers(1, 120), st.data(), st.sampled_from([0.05, 0.3, 0.45, 0.9]))
+@given(st.integers(1, 120), st.data(), st.sampled_from([0.051, 0.3, 0.45, 0.9]))
 def test_verdict_is_that_of_the_binomial_tails(make_report, n, data, limit):
     """Against sums that share no code with the bounds."""
     k = data.draw(st.integers(0, n))
@@ -265,7 +265,9 @@ def test_invalid_and_unverified_are_neither_passed_nor_failed(
 def test_an_alarm_says_what_was_found_and_what_to_do(standing):
     report = standing(9, 10, status="invalid", status_reason="an alarm", validity=(ALARM,))
     reason = judge(report, policy()).reason
-    assert "9 of 10 images have a zero gradient; alarm above 1 %; attack with a margin loss" in reason
+    assert (
+        "9 of 10 images have a zero gradient; alarm above 1 %; attack with a margin loss" in reason
+    )
 
 
 def test_no_policy_lets_an_undecided_gate_outweigh_an_alarm(standing):
@@ -279,8 +281,10 @@ def test_without_a_white_box_attack_nothing_is_verified(incomplete, standing, st
     """Whatever the report says about itself."""
     report = standing(10, 10) if status == "verified" else incomplete(10, 10, planned=20)
     rows = tuple(row.model_copy(update={"kind": "black-box"}) for row in report.attacks)
+    classes = {"per_class": {"min_worst_case_accuracy": 0.1}}
     for change in ({"attacks": rows}, {"attacks": ()}, {"worst_case": None}):
-        assert verdict(report.model_copy(update=change)) == "unverified"
+        for tables in ({}, classes):
+            assert verdict(report.model_copy(update=change), **tables) == "unverified"
 
 
 @pytest.mark.parametrize(

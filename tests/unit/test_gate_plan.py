@@ -51,7 +51,9 @@ def power(num_images, *, limit, accuracy):
     return max((power for error, power in pairs if error <= 0.05), default=0.0)
 
 
-@pytest.mark.parametrize(("limit", "accuracy"), [(0.45, 0.65), (0.2, 0.5), (0.7, 0.95), (0.3, 0.9)])
+@pytest.mark.parametrize(
+    ("limit", "accuracy"), [(0.45, 0.65), (0.2, 0.5), (0.7, 0.95), (0.3, 0.9), (0.3, 0.99)]
+)
 def test_so_many_images_or_more_have_the_power_and_fewer_do_not(limit, accuracy):
     enough = images_for_power(limit=limit, accuracy=accuracy, confidence=0.95)
     powers = [power(n, limit=limit, accuracy=accuracy) for n in range(1, enough + 60)]

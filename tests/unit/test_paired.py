@@ -72,7 +72,10 @@ def test_compare_finds_each_image_once(make_report):
 def test_compare_takes_the_images_that_both_have_in_any_order(make_report):
     report = make_report(broken(1, num=4))
     table = SampleTable(
-        index=(9, 1, 0), label=(1, 1, 0), broken_by=(None, None, "square"), prediction=(None,) * 3
+        index=(9, 1, 0),
+        label=(1, 1, 0),
+        broken_by=(None, None, "square"),
+        prediction=(None, None, 2),
     )
     baseline = make_report((None, None, "square"), samples=table)
     found = compare(report, baseline)

@@ -63,14 +63,22 @@ def test_every_name_lies_inside_the_run(tmp_path):
     run = RunDirectory(tmp_path)
     names = [name for name, value in vars(RunDirectory).items() if isinstance(value, property)]
     paths = [getattr(run, name) for name in names] + [run.onnx("fp32"), run.onnx_verification("x")]
-    paths += [
-        run.report_json(),
-        run.report_json(100),
-        run.report_markdown(),
-        run.report_markdown(9),
-    ]
+    for files in (run.report(), run.report("100"), run.report("papers")):
+        paths += [files.json, files.markdown, files.html, files.samples, files.journal(files.label)]
     assert len(set(paths)) == len(paths) > 10
     assert all(path.is_relative_to(tmp_path) for path in paths)
+
+
+def test_report_files_carry_the_label(tmp_path):
+    """And the verification that a release is decided on has none."""
+    files = RunDirectory(tmp_path).report("100-seed1")
+    paths = [files.json, files.markdown, files.html, files.samples]
+    names = [path.name for path in paths]
+    assert names == [f"report-100-seed1.{kind}" for kind in ("json", "md", "html")] + [
+        "samples-100-seed1.csv"
+    ]
+    assert RunDirectory(tmp_path).report().json == tmp_path / "report.json"
+    assert RunDirectory(tmp_path).report().samples == tmp_path / "samples.csv"
 
 
 def test_lock_refuses_a_second_holder_and_ends(tmp_path):

@@ -101,6 +101,13 @@ def test_looking_often_is_never_sharper_than_looking_once(n, data, confidence):
     assert early_look(proportion, confidence) <= last_look(proportion, confidence) <= once + 1e-11
 
 
+def test_the_permitted_error_is_halved_between_early_looks_and_the_last():
+    proportion = count(80, 100)
+    early, late = (look(proportion, 0.95) for look in (early_look, last_look))
+    assert early == anytime_lower_bound(proportion, 0.975)
+    assert late == proportion.lower_bound(0.975) > early
+
+
 def test_bounds_of_nothing_and_of_one_image():
     assert anytime_lower_bound(count(0, 500), 0.95) == 0
     assert early_look(count(1, 1), 0.95) == 0

@@ -1,70 +1,545 @@
-"""A report is about the images, the model and the attack that it names."""
+"""A report is about the images, the model and the attacks that it names; it overwrites no other."""
 
+import csv
 import json
 import shutil
+from dataclasses import dataclass, replace
 
 import pytest
+import torch
 from PIL import Image
 
 from compressor.attacks.build import selection_attack
-from compressor.errors import DataError, RecipeError
+from compressor.attacks.search import SearchResult
+from compressor.errors import (
+    BudgetSpentError,
+    CheckpointError,
+    DataError,
+    InvalidEvaluationError,
+    RecipeError,
+    RunError,
+    UsageError,
+)
 from compressor.performance_settings import PerformanceSettings
 from compressor.recipe_file import parse_recipe
+from compressor.report import ValidityRow, read_report
 from compressor.run_directory import RunDirectory
 from compressor.threat import ThreatModel
 from compressor.training_workflow import TrainingRequest, train
-from compressor.verification_workflow import verify_run
+from compressor.verification_request import VerificationRequest, prepare
+from compressor.verification_workflow import verify
+from compressor.weights import sha256_of_file
+from exporters.workflow import export_run
 
 SETTINGS = PerformanceSettings(device="cpu", training_dtype="float32", num_threads=1)
 TABLE = {
     "name": "verified",
-    "data": {"source": "digits", "validation_size": 100},
+    "threat": {"epsilon_pixels": "48/255"},
+    "data": {
+        "source": "digits",
+        "validation_size": 100,
+        "crop_padding_pixels": 0,
+        "horizontal_flip": False,
+    },
     "student": {"architecture": "tiny"},
     "method": {"name": "cross_entropy"},
-    "training": {"epochs": 1, "batch_size": 300},
+    "training": {"epochs": 2, "batch_size": 64},
     "selection": {"num_steps": 1},
 }
+SOME = ("fgsm", "pgd_sat", "apgd_ce")
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
+    """Knows digits, and is so fragile at its epsilon that the whole cascade is quick."""
     out = tmp_path_factory.mktemp("runs") / "verified"
-    return train(parse_recipe(TABLE, origin="test"), TrainingRequest(out=out, settings=SETTINGS))
+    recipe = parse_recipe(TABLE, origin="test")
+    run = train(recipe, TrainingRequest(out=out, settings=SETTINGS))
+    export_run(run, settings=SETTINGS)
+    return run
 
 
-@pytest.mark.parametrize("num_steps", [1, 5, 10, 20, 40])
-def test_selection_reaches_as_far_with_any_number_of_steps(num_steps):
-    attack = selection_attack(ThreatModel(epsilon_pixels=8 / 255), num_steps=num_steps)
-    assert attack.num_steps * attack.step_size_pixels == pytest.approx(20 * 0.003)
-    assert attack.num_steps * attack.step_size_pixels > attack.threat.epsilon_pixels
+@pytest.fixture
+def copy(run, tmp_path):
+    """A run of one's own."""
+    return RunDirectory(shutil.copytree(run.path, tmp_path / "copy"))
 
 
-def test_inner_attack_of_default_steps_must_reach_the_border_too():
-    table = {**TABLE, "method": {"name": "pgd_at", "attack": {"num_steps": 1}}}
-    with pytest.raises(RecipeError, match="weaker attacker than the threat says"):
-        parse_recipe(table, origin="test")
+@pytest.fixture
+def quick(monkeypatch):
+    """Neither latencies, nor other radii, nor figures, where they are not the point."""
+    monkeypatch.setattr("compressor.verification_workflow.cost_rows", lambda *_: ())
+    monkeypatch.setattr("compressor.verification_workflow.accuracy_curve", lambda *_, **__: ())
+    monkeypatch.setattr(
+        "compressor.verification_workflow.write_html", lambda path, *_, **__: path.touch()
+    )
 
 
-def test_report_names_the_attack_of_selection(run):
-    report = verify_run(run, settings=SETTINGS, num_images=20)
-    assert report.selection.attack == "PGD, 1 steps of 0.06"
-    assert report.selection.attack in run.report_markdown(20).read_text()
+def request_for(target, **changes):
+    values = {"target": str(target), "settings": SETTINGS, "num_images": 40, "attacks": SOME}
+    return VerificationRequest(**(values | changes))
 
 
-def test_a_part_of_the_images_does_not_overwrite_the_whole(run):
-    verify_run(run, settings=SETTINGS)
-    whole = run.report_json().read_bytes()
-    verify_run(run, settings=SETTINGS, num_images=20)
-    assert run.report_json().read_bytes() == whole
-    assert json.loads(run.report_json(20).read_text())["clean"]["num_total"] == 20
+def names_in(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+# What the report says
+
+
+def test_report_is_about_what_it_names(run, tmp_path):
+    """The one test without shortcuts: everything that is written, of the whole cascade."""
+    told = []
+    request = request_for(run.path, num_images=None, attacks=("papers", "autoattack"))
+    report, files = verify(replace(request, folder=tmp_path), tell=told.append)
+    assert read_report(files.json) == report
+    assert names_in(tmp_path) == ["report.html", "report.json", "report.md", "samples.csv"]
+    assert report.status == "verified"
+    assert report.status_reason == "all 497 images went through all attacks, and no check objects"
+    assert (report.protocol, report.norm, report.seed) == ("AutoAttack-style", "linf", 0)
+    assert report.epsilon_pixels == pytest.approx(48 / 255)
+    assert report.target.sha256 == sha256_of_file(run.model)
+    assert report.data.num_planned == report.clean.num_total == 497
+    assert [row.name for row in report.cost] == ["student tiny", "model.fp32.onnx"]
+    assert report.training.selection.attack in files.markdown.read_text()
+    assert report.caveat in files.html.read_text()
+    assert len(told) == 3
+    clean, worst = report.clean, report.worst_case
+    assert worst.num_correct < 50 < 400 < clean.num_correct
+    assert sum(row.num_broken for row in report.attacks) == clean.num_correct - worst.num_correct
+    assert min(row.accuracy.num_correct for row in report.attacks[:4]) >= worst.num_correct
+    at_epsilon = report.curve[4]
+    assert at_epsilon.epsilon_pixels == report.epsilon_pixels
+    stands = [broken_by is None for broken_by in report.samples.broken_by[:200]]
+    assert at_epsilon.accuracy.num_correct == sum(stands)
+
+
+def test_table_of_samples_is_that_of_the_report(run, tmp_path, quick):
+    report, files = verify(request_for(run.path, folder=tmp_path))
+    with files.samples.open() as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["index"]) for row in rows] == list(report.samples.index)
+    assert [row["broken_by"] or None for row in rows] == list(report.samples.broken_by)
+    for attack in report.attacks:
+        cells = [row[attack.name] for row in rows]
+        assert sum(cell != "" for cell in cells) == attack.num_tried
+        if attack.accuracy is not None:
+            assert cells.count("stands") == attack.accuracy.num_correct
+    passes = sum(int(row["num_forwards"]) for row in rows)
+    assert passes == len(rows) + sum(attack.num_forwards for attack in report.attacks)
+    broken = [row for row in rows if row["broken_by"] not in ("", "clean")]
+    assert report.eight_bit.num_found == len(broken)
+    fools = sum(row["fools_in_8_bits"] == "yes" for row in broken)
+    assert report.eight_bit.num_still_fooling == fools
+    distances = [float(row["distance_pixels"]) for row in broken]
+    assert 0 < min(distances) <= max(distances) <= report.epsilon_pixels + 1e-6
+    assert all(row["distance_pixels"] == "" for row in rows if row not in broken)
+
+
+def test_report_names_the_attack_of_selection(run, tmp_path, quick):
+    report, files = verify(request_for(run.path, folder=tmp_path))
+    assert report.training.selection.attack == "PGD, 1 steps of 0.36"
+    assert report.training.selection.attack in files.markdown.read_text()
+
+
+def test_another_norm_is_attacked_in_that_norm(run, tmp_path, quick):
+    report, files = verify(
+        request_for(run.path, folder=tmp_path, norm="l2", epsilon_pixels=0.5, attacks=("apgd_ce",))
+    )
+    assert (report.norm, report.epsilon_pixels) == ("l2", 0.5)
+    assert files.json.name == "report-40-l2-0.5-apgd_ce.json"
+    lines = [line.split(",") for line in files.samples.read_text().splitlines()[1:]]
+    distances = [float(line[5]) for line in lines if line[5]]
+    assert 48 / 255 < max(distances) <= 0.5 * (1 + 1e-5)
+
+
+def test_the_network_is_in_eval_mode_meanwhile_and_stays_as_it_was(run):
+    prepared = prepare(request_for(run.path))
+    network = prepared.model.network.train()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    x_NCHW = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    with prepared.subject() as subject:
+        assert not network.training
+        subject.answer(x_NCHW)
+        subject.float32(x_NCHW)
+    assert network.training
+    assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
+
+
+# Status
+
+
+ALARM = ValidityRow(
+    name="planted_alarm",
+    status="alarm",
+    found="9 of 10",
+    threshold="alarm above 1 %",
+    p_value=0.001,
+    advice="attack again",
+)
+
+
+def test_an_alarm_makes_it_invalid(run, tmp_path, quick, monkeypatch):
+    monkeypatch.setattr(
+        "compressor.verification_workflow.check_verification", lambda *_, **__: (ALARM,)
+    )
+    report, files = verify(request_for(run.path, folder=tmp_path))
+    assert report.status == "invalid"
+    assert report.status_reason == "validity checks raised an alarm: planted_alarm"
+    assert read_report(files.json).validity == (ALARM,)
+
+
+def test_a_budget_that_ends_leaves_it_incomplete_and_an_alarm_counts_all_the_same(
+    run, tmp_path, quick, monkeypatch
+):
+    monkeypatch.setattr("compressor.verification.time", Clock(step_seconds=0.01))
+    request = request_for(run.path, folder=tmp_path, epsilon_pixels=24 / 255)
+    request = replace(request, batch_size=10, max_seconds=4)
+    report, _ = verify(request)
+    assert report.status == "incomplete"
+    done = report.clean.num_total
+    assert 0 < done < 40
+    assert report.data.num_planned == 40
+    assert report.status_reason == (
+        f"the budget ended after {done} of 40 images, a random part of them"
+    )
+    monkeypatch.setattr(
+        "compressor.verification_workflow.check_verification", lambda *_, **__: (ALARM,)
+    )
+    monkeypatch.setattr("compressor.verification.time", Clock(step_seconds=0.01))
+    assert verify(replace(request, seed=1))[0].status == "invalid"
+
+
+def test_a_black_box_attack_alone_verifies_nothing(run, tmp_path, quick):
+    request = request_for(run.path, folder=tmp_path, attacks=("square",), num_images=5)
+    report, _ = verify(replace(request, epsilon_pixels=0.5))
+    assert (report.status, report.worst_case) == ("unverified", None)
+    assert report.status_reason == "no white-box attack was run"
+    assert report.clean.num_total == 5
+
+
+def test_checks_that_need_the_strongest_attack_say_so(run, tmp_path, quick):
+    report, _ = verify(request_for(run.path, folder=tmp_path))
+    reasons = [row.advice for row in report.validity if row.status == "not_run"]
+    assert any("do not include apgd_t" in reason for reason in reasons)
+    assert {row.status for row in report.validity} == {"passed", "not_run"}
+
+
+# Budget and journal
+
+
+class Clock:
+    """Every look at it is so much later."""
+
+    def __init__(self, *, step_seconds):
+        self.now, self.step_seconds = 0.0, step_seconds
+
+    def monotonic(self):
+        self.now += self.step_seconds
+        return self.now
+
+    def perf_counter(self):
+        return self.now
+
+
+def without_clock(report):
+    table = report.model_dump(mode="json")
+    for row in (table, *table["attacks"]):
+        row.pop("duration_seconds")
+    return table
+
+
+def test_a_budget_too_small_for_a_chunk_says_what_to_do_and_keeps_what_is_done(
+    run, tmp_path, quick, monkeypatch
+):
+    """Calls that each end before a chunk is done get to the same end."""
+    request = request_for(run.path, folder=tmp_path / "a", epsilon_pixels=24 / 255, batch_size=20)
+    whole, files = verify(request)
+    expected = files.samples.read_bytes()
+
+    folder = tmp_path / "b"
+    hurried = replace(request, folder=folder, max_seconds=2.6)
+    num_failures = 0
+    monkeypatch.setattr("compressor.verification.time", Clock(step_seconds=0.02))
+    with pytest.raises(BudgetSpentError, match=r"before the first 20 images were done.*--batch-si"):
+        verify(hurried)
+    assert [name[:14] for name in names_in(folder)] == [".verification-"]
+    report = None
+    while report is None or report.status == "incomplete":
+        num_failures += 1
+        assert num_failures < 20
+        monkeypatch.setattr("compressor.verification.time", Clock(step_seconds=0.02))
+        try:
+            report, files = verify(hurried)
+        except BudgetSpentError:
+            continue
+        if report.status == "incomplete":
+            assert any(name.startswith(".verification-") for name in names_in(folder))
+    assert num_failures > 1
+    assert files.samples.read_bytes() == expected
+    assert without_clock(report) == without_clock(whole)
+    assert not [name for name in names_in(folder) if name.startswith(".")]
+
+
+def test_the_journal_stays_until_the_report_is_written(run, tmp_path, quick, monkeypatch):
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    request = request_for(run.path, folder=tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("compressor.verification_workflow.write_report", fail)
+        with pytest.raises(KeyboardInterrupt):
+            verify(request)
+    (journal,) = tmp_path.glob(".verification-*")
+    assert journal.read_text().count("\n") == 1 + 1 + len(SOME)
+    verify(request)
+    assert not journal.exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": 1},
+        {"attacks": ("fgsm", "apgd_ce")},
+        {"epsilon_pixels": 0.1},
+        {"norm": "l2", "epsilon_pixels": 0.5},
+        {"mode": "compat"},
+        {"num_images": 39},
+        {"batch_size": 13},
+        {"settings": SETTINGS.model_copy(update={"training_dtype": "bfloat16"})},
+    ],
+    ids=str,
+)
+def test_another_verification_has_another_journal(run, tmp_path, change):
+    """So that it goes on with nothing that was found for another question."""
+    request = request_for(run.path, folder=tmp_path)
+    for one in (request, replace(request, max_seconds=5), replace(request, **change)):
+        prepare(one).journal()
+    assert len(names_in(tmp_path)) == 2
+
+
+def test_another_model_has_another_journal(run, copy, tmp_path):
+    weights = shutil.copy(run.model, tmp_path / "weights.safetensors")
+    out = tmp_path / "out"
+    for target, source in (
+        (run.path, None),
+        (weights, None),
+        (run.onnx("fp32"), run.path),
+        (run.onnx("fp32"), None),
+    ):
+        source = None if source is None else str(source)
+        prepare(request_for(target, source=source, data_source="digits", folder=out)).journal()
+    assert len(names_in(out)) == 4
+
+
+# Names of files
+
+LABELS = {
+    "": {},
+    "497": {"num_images": 497},
+    "linf-16_255": {"epsilon_pixels": 16 / 255},
+    "linf-0.05": {"epsilon_pixels": 0.05},
+    "l2-0.5": {"norm": "l2", "epsilon_pixels": 0.5},
+    "compat": {"mode": "compat"},
+    "papers": {"attacks": ("papers",)},
+    "apgd_ce-apgd_t-fab_t-square": {"attacks": ("autoattack",)},
+    "fgsm-square": {"attacks": ("square", "fgsm")},
+    "seed3": {"seed": 3},
+    "20-linf-16_255-compat-papers-seed3": {
+        "num_images": 20,
+        "epsilon_pixels": 16 / 255,
+        "mode": "compat",
+        "attacks": ("papers",),
+        "seed": 3,
+    },
+}
+
+
+@pytest.mark.parametrize(("label", "changes"), LABELS.items())
+@pytest.mark.parametrize("kind", ["run", "weights", "file"])
+def test_every_verification_has_files_of_its_own(run, tmp_path, label, changes, kind):
+    """`report.json` is only the one that a release is decided on."""
+    values = {"num_images": None, "attacks": ("papers", "autoattack"), **changes}
+    if kind == "run":
+        target, source = run.path, None
+    elif kind == "file":
+        target, source = run.onnx("fp32"), str(run.path)
+    else:
+        target, source = shutil.copy(run.model, tmp_path / "weights.safetensors"), None
+        if not changes:
+            values["epsilon_pixels"] = 8 / 255  # the radius where no recipe says another
+    prepared = prepare(request_for(target, source=source, data_source="digits", **values))
+    assert prepared.files.label == label
+    stem = f"report-{label}" if label else "report"
+    assert prepared.files.json.name == f"{stem}.json"
+
+
+def test_the_threat_of_the_recipe_is_the_one_without_a_name(run):
+    default = {"num_images": None, "attacks": ("papers", "autoattack")}
+    same = {"norm": "linf", "epsilon_pixels": 48 / 255, "batch_size": 7, "max_seconds": 9}
+    assert prepare(request_for(run.path, **default, **same)).files.label == ""
+    other = {"epsilon_pixels": 8 / 255}
+    assert prepare(request_for(run.path, **default, **other)).files.label == "linf-8_255"
+
+
+def test_no_verification_overwrites_another(copy, quick):
+    """Files of one are the same to the byte after all others."""
+    written = {}
+    for changes in (
+        {},
+        {"num_images": 20},
+        {"seed": 1},
+        {"epsilon_pixels": 16 / 255},
+        {"attacks": ("fgsm",)},
+        {"mode": "compat", "attacks": ("apgd_ce",)},
+    ):
+        _, files = verify(request_for(copy.path, **changes))
+        assert not {path.name for path in paths_of(files)} & written.keys()
+        written |= {path.name: path.read_bytes() for path in paths_of(files)}
+    for name, content in written.items():
+        assert (copy.path / name).read_bytes() == content
+    assert not copy.report().json.exists()
+
+
+def paths_of(files):
+    return (files.json, files.markdown, files.html, files.samples)
+
+
+# Files of ONNX
+
+
+def shifted_file(run, path):
+    """The exported file, but for a bias that makes it answer 3 whatever it is shown."""
+    import onnx
+    from onnx import helper, numpy_helper
+
+    model = onnx.load(run.onnx("fp32"))
+    name = model.graph.output[0].name
+    for node in model.graph.node:
+        node.output[:] = ["before" if output == name else output for output in node.output]
+    bias = torch.zeros(10)
+    bias[3] = 1000
+    model.graph.initializer.append(numpy_helper.from_array(bias.numpy(), "shift"))
+    model.graph.node.append(helper.make_node("Add", ["before", "shift"], [name]))
+    onnx.save(model, path)
+    return path
+
+
+@pytest.mark.parametrize("mode", ["fast", "compat"])
+def test_the_file_judges_what_was_found_on_its_source(run, tmp_path, quick, mode):
+    """A file that answers 3 to everything is right on every 3, whatever the source thinks."""
+    file = shifted_file(run, tmp_path / "shifted.onnx")
+    request = request_for(file, source=str(run.path), folder=tmp_path / "out", mode=mode)
+    report, files = verify(request)
+    threes = [label == 3 for label in report.samples.label]
+    assert [broken_by is None for broken_by in report.samples.broken_by] == threes
+    assert report.clean.num_correct == sum(threes) > 0
+    assert {row.num_tried for row in report.attacks} == {sum(threes)}
+    assert {row.num_broken for row in report.attacks} == {0}
+    assert report.target.kind == "onnx"
+    assert report.target.sha256 == sha256_of_file(file)
+    assert report.target.source_sha256 == sha256_of_file(run.model)
+    assert report.target.source_sha256 in files.markdown.read_text()
+
+
+@pytest.mark.parametrize("mode", ["fast", "compat"])
+def test_a_true_file_is_as_fragile_as_its_source(run, tmp_path, quick, mode):
+    of_run, _ = verify(request_for(run.path, folder=tmp_path, mode=mode))
+    request = request_for(run.onnx("fp32"), source=str(run.path), folder=tmp_path / "x", mode=mode)
+    of_file, files = verify(request)
+    assert (of_file.status, of_file.name) == ("verified", "model.fp32")
+    assert of_file.clean == of_run.clean
+    assert of_file.worst_case == of_run.worst_case
+    assert of_file.samples == of_run.samples
+    assert files.folder == tmp_path / "x"
+
+
+def test_a_file_alone_is_unverified_and_has_no_worst_case(run, tmp_path):
+    request = request_for(run.onnx("fp32"), data_source="digits", folder=tmp_path)
+    report, files = verify(request)
+    assert report.status == "unverified"
+    assert report.status_reason.startswith("an ONNX file has no gradient")
+    assert report.status_reason.endswith("with --source")
+    assert (report.worst_case, report.attacks, report.curve) == (None, (), ())
+    assert (report.eight_bit, report.validity, report.cost) == (None, (), ())
+    assert report.protocol == "no attack"
+    assert json.loads(files.json.read_text())["worst_case"] is None
+    for text in (files.markdown.read_text(), files.html.read_text()):
+        assert "worst case" not in text.lower()
+    assert files.samples.read_text().splitlines()[0].endswith("num_backwards")
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"attacks": ("nonsense",)}, "there is no attack nonsense"),
+        ({"attacks": ()}, "there is no attack"),
+        ({"norm": "l2"}, "--norm l2 needs a radius of its own"),
+        ({"epsilon_pixels": 8.0}, r"--epsilon 8 is outside \(0, 1\].*8/255"),
+        ({"epsilon_pixels": 0.0}, "--epsilon 0 is outside"),
+        ({"epsilon_pixels": -0.1}, "--epsilon -0.1 is outside"),
+        ({"epsilon_pixels": float("nan")}, "--epsilon nan is outside"),
+        ({"norm": "l2", "epsilon_pixels": 8.01}, r"outside \(0, 8\]"),
+    ],
+    ids=str,
+)
+def test_requests_that_contradict_themselves_are_refused(run, changes, message):
+    with pytest.raises(UsageError, match=message):
+        prepare(request_for(run.path, **changes))
+
+
+def test_what_the_report_needs_is_missed_before_the_attacks(copy):
+    """And not after hours."""
+    shutil.rmtree(copy.checkpoints)
+    with pytest.raises(CheckpointError, match="has no checkpoint"):
+        prepare(request_for(copy.path))
+
+
+def test_environment_is_missed_before_the_attacks_too(copy):
+    copy.environment.unlink()
+    with pytest.raises(RunError, match=r"environment\.json is missing"):
+        prepare(request_for(copy.path))
+
+
+@dataclass(frozen=True)
+class Cheat:
+    """Leaves its threat model by a little."""
+
+    threat: ThreatModel
+
+    def search(self, model, x_NCHW, y_N, *, draws, judge):
+        del model, draws, judge
+        x_adv = (x_NCHW + 1.01 * self.threat.epsilon_pixels).clamp(max=1)
+        zero_N = torch.zeros_like(y_N)
+        return SearchResult(
+            x_adv_NCHW=x_adv,
+            is_fooled_N=zero_N.bool(),
+            num_forwards_N=zero_N,
+            num_backwards_N=zero_N,
+        )
+
+
+def test_an_attack_that_leaves_its_threat_model_leaves_no_number(run, tmp_path, monkeypatch):
+    from compressor.verification_request import build_stages
+
+    def build(names, *, threat, mode, batch_size):
+        first, *others = build_stages(names, threat=threat, mode=mode, batch_size=batch_size)
+        return (first, *(replace(stage, search=Cheat(threat)) for stage in others[:1]))
+
+    monkeypatch.setattr("compressor.verification_request.build_stages", build)
+    with pytest.raises(InvalidEvaluationError, match="pgd_sat left its threat model"):
+        verify(request_for(run.path, folder=tmp_path))
+    assert [name[:14] for name in names_in(tmp_path)] == [".verification-"]
 
 
 @pytest.mark.parametrize(("fact", "value"), [("image_shape", [1, 16, 16]), ("class_names", ["a"])])
-def test_images_of_another_kind_are_refused(run, tmp_path, fact, value):
-    copy = RunDirectory(shutil.copytree(run.path, tmp_path / "copy"))
+def test_images_of_another_kind_are_refused(copy, fact, value):
     copy.facts.write_text(json.dumps(json.loads(copy.facts.read_text()) | {fact: value}))
     with pytest.raises(DataError, match="give the data of the run with --data"):
-        verify_run(copy, settings=SETTINGS, num_images=20)
+        verify(request_for(copy.path))
 
 
 def test_test_images_of_another_size_are_refused_before_training(tmp_path):
@@ -79,3 +554,19 @@ def test_test_images_of_another_size_are_refused_before_training(tmp_path):
     with pytest.raises(DataError, match="the test images have 2 classes and shape"):
         train(recipe, TrainingRequest(out=tmp_path / "run", settings=SETTINGS))
     assert not (tmp_path / "run").exists()
+
+
+# Selection
+
+
+@pytest.mark.parametrize("num_steps", [1, 5, 10, 20, 40])
+def test_selection_reaches_as_far_with_any_number_of_steps(num_steps):
+    attack = selection_attack(ThreatModel(epsilon_pixels=8 / 255), num_steps=num_steps)
+    assert attack.num_steps * attack.step_size_pixels == pytest.approx(20 * 0.003)
+    assert attack.num_steps * attack.step_size_pixels > attack.threat.epsilon_pixels
+
+
+def test_inner_attack_of_default_steps_must_reach_the_border_too():
+    table = {**TABLE, "method": {"name": "pgd_at", "attack": {"num_steps": 1}}}
+    with pytest.raises(RecipeError, match="weaker attacker than the threat says"):
+        parse_recipe(table, origin="test")

@@ -162,7 +162,7 @@ def test_workflow_verifies_gates_and_keeps_what_the_gate_writes():
 
 
 def commands():
-    """Every command line of the examples."""
+    """Every command line of the examples but for the installation, which needs a network."""
     scripts = [
         step["run"]
         for step in read("github-workflow.yml")["jobs"]["gate"]["steps"]
@@ -172,14 +172,12 @@ def commands():
     for job in ("robustness-verify", "robustness-gate"):
         scripts += [*pipeline[job].get("before_script", []), *pipeline[job]["script"]]
     scripts += re.findall("^robust-compress .*", (FOLDER / "README.md").read_text(), re.MULTILINE)
-    return sorted({script.strip() for script in scripts})
+    return sorted({script.strip() for script in scripts if not script.startswith("pip install")})
 
 
 @pytest.mark.parametrize("script", commands())
 def test_every_other_command_parses(workplace, script):
-    """With the installation left out and --help added, which ends before anything is done."""
-    if script.startswith("pip install"):
-        pytest.skip("needs a network")
+    """With --help added, which ends before anything is done."""
     variables = {"RUN": "r", "POLICY": "p", "BASELINE": "b", "INCONCLUSIVE": "warn"}
     done = run(f"{script} --help", workplace, **variables)
     assert done.returncode == 0, done.stderr

@@ -1,0 +1,234 @@
+"""gate_live: attacks as long as the policy is undecided, and no image more than a chunk."""
+
+import shutil
+from dataclasses import replace
+
+import pytest
+
+import compressor.gate_workflow
+from compressor.attacks.square import Square
+from compressor.errors import BudgetSpentError, RunError, UsageError
+from compressor.gate import judge_live
+from compressor.gate_policy import GatePolicy, with_baseline
+from compressor.gate_workflow import CHUNK_SIZE, gate_live
+from compressor.performance_settings import PerformanceSettings
+from compressor.recipe_file import parse_recipe
+from compressor.report import ValidityRow, read_report
+from compressor.run_directory import RunDirectory
+from compressor.training_workflow import TrainingRequest, train
+from compressor.verification_request import build_stages
+
+SETTINGS = PerformanceSettings(device="cpu", training_dtype="float32", num_threads=1)
+TABLE = {
+    "name": "gated",
+    "threat": {"epsilon_pixels": "64/255"},
+    "data": {
+        "source": "digits",
+        "validation_size": 100,
+        "crop_padding_pixels": 0,
+        "horizontal_flip": False,
+    },
+    "student": {"architecture": "tiny"},
+    "method": {"name": "cross_entropy"},
+    "training": {"epochs": 3, "batch_size": 64},
+    "selection": {"num_steps": 1},
+}
+NUM_TEST_IMAGES = 497
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Knows digits, and falls to any attack, so that the whole cascade is quick."""
+    out = tmp_path_factory.mktemp("runs") / "gated"
+    return train(parse_recipe(TABLE, origin="test"), TrainingRequest(out=out, settings=SETTINGS))
+
+
+@pytest.fixture
+def run(trained, tmp_path, monkeypatch):
+    """A run of one's own; neither latencies, nor other radii, nor figures."""
+    workflow = "compressor.verification_workflow"
+    for module in (workflow, "compressor.gate_workflow"):
+        monkeypatch.setattr(f"{module}.cost_rows", lambda *_: ())
+    monkeypatch.setattr(f"{workflow}.accuracy_curve", lambda *_, **__: ())
+    monkeypatch.setattr(f"{workflow}.write_html", lambda path, *_, **__: path.touch())
+    return RunDirectory(shutil.copytree(trained.path, tmp_path / "run"))
+
+
+def policy(**tables):
+    return GatePolicy.model_validate({"schema": 1, **tables})
+
+
+def limit(min_accuracy):
+    return {"min_accuracy": min_accuracy}
+
+
+def live(run, rules, **changes):
+    return gate_live(run, rules, settings=SETTINGS, **changes)
+
+
+def journals(run):
+    return list(run.path.glob(".verification-*"))
+
+
+def test_a_generous_policy_passes_early(run):
+    result = live(run, policy(clean=limit(0.6)))
+    assert (result.verdict, result.exit_code) == ("pass", 0)
+    assert result.num_images == CHUNK_SIZE < NUM_TEST_IMAGES == result.num_planned
+    report = read_report(run.report("live").json)
+    assert report.status == "incomplete"
+    assert report.status_reason == (
+        "the gate was decided after 50 of 497 images, a random part of them"
+    )
+    assert report.protocol == "AutoAttack-style"
+    assert judge_live(report, policy(clean=limit(0.6))) == result
+
+
+def test_a_pass_takes_as_many_chunks_as_it_needs(run):
+    """Nearer to the limit more images are needed, but not all."""
+    result = live(run, policy(clean=limit(0.85)))
+    assert result.verdict == "pass"
+    assert CHUNK_SIZE < result.num_images < NUM_TEST_IMAGES
+    assert result.num_images % CHUNK_SIZE == 0
+    assert result.rules[0].lower_bound >= 0.85
+
+
+def test_an_impossible_limit_fails_early(run):
+    result = live(run, policy(clean=limit(0.6), worst_case=limit(0.9)))
+    assert (result.verdict, result.exit_code) == ("fail", 3)
+    assert result.num_images == CHUNK_SIZE
+    assert {rule.rule: rule.verdict for rule in result.rules} == {
+        "clean.min_accuracy": "pass",
+        "worst_case.min_accuracy": "fail",
+    }
+
+
+def test_what_cannot_pass_any_more_ends_early(run, monkeypatch):
+    """No number of the images that are planned shows such an accuracy, and they are not refuted."""
+    monkeypatch.setattr(compressor.gate_workflow, "CHUNK_SIZE", 10)
+    result = live(run, policy(clean=limit(0.97)), num_images=60)
+    assert (result.verdict, result.exit_code) == ("inconclusive", 6)
+    assert result.num_images < 60
+
+
+def test_worst_case_is_judged_live_too(run, monkeypatch):
+    """At a radius where images stand; Square is cut short, as each costs it 5,000 queries."""
+
+    def build(*arguments, **options):
+        stages = build_stages(*arguments, **options)
+        short = [Square(threat=stage.search.threat, num_queries=20) for stage in stages[-1:]]
+        return (*stages[:-1], replace(stages[-1], search=short[0]))
+
+    monkeypatch.setattr("compressor.verification_request.build_stages", build)
+    monkeypatch.setattr("compressor.verification_workflow.check_verification", lambda *_, **__: ())
+    monkeypatch.setattr(compressor.gate_workflow, "CHUNK_SIZE", 20)
+    threat = {"norm": "linf", "epsilon": "2/255"}
+    rules = policy(worst_case=limit(0.5) | {"protocol": "AutoAttack"}, threat=threat)
+    result = live(run, rules)
+    assert (result.verdict, result.num_images) == ("pass", 20)
+    report = read_report(run.report("live").json)
+    assert report.epsilon_pixels == pytest.approx(2 / 255)
+    assert report.worst_case.num_correct > 15
+
+
+def test_attacks_of_the_policy_are_run_beside_the_cascade(run):
+    rules = policy(attacks={"fgsm": limit(0.9), "pgd_sat": limit(0.9)})
+    result = live(run, rules)
+    assert result.verdict == "fail"
+    names = [row.name for row in read_report(run.report("live").json).attacks]
+    assert names == ["fgsm", "pgd_sat", "apgd_ce", "apgd_t", "fab_t", "square"]
+
+
+def test_only_the_files_of_the_live_report_are_written(run):
+    before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
+    live(run, policy(clean=limit(0.6)))
+    after = {path.name for path in run.path.rglob("*") if path.is_file() and path not in before}
+    assert after == {f"report-live.{kind}" for kind in ("json", "md", "html")} | {
+        "samples-live.csv"
+    }
+    assert all(path.read_bytes() == content for path, content in before.items())
+
+
+def test_an_alarm_after_the_decision_is_no_pass(run, monkeypatch):
+    alarm = ValidityRow(
+        name="planted_alarm",
+        status="alarm",
+        found="9 of 10",
+        threshold="alarm above 1 %",
+        p_value=None,
+        advice="attack again",
+    )
+    monkeypatch.setattr(
+        "compressor.verification_workflow.check_verification", lambda *_, **__: (alarm,)
+    )
+    result = live(run, policy(clean=limit(0.6)))
+    assert (result.verdict, result.exit_code) == ("invalid", 7)
+    assert {rule.verdict for rule in result.rules} == {"not judged"}
+
+
+# Budget
+
+
+class Clock:
+    """Every look at it is a hundredth of a second later."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def monotonic(self):
+        self.now += 0.01
+        return self.now
+
+    def perf_counter(self):
+        return self.now
+
+
+def test_a_budget_that_ends_before_the_first_chunk_decides_nothing(run, monkeypatch):
+    monkeypatch.setattr("compressor.verification.time", Clock())
+    with pytest.raises(BudgetSpentError, match=r"the budget of 0\.1 seconds is spent"):
+        live(run, policy(clean=limit(0.6)), max_seconds=0.1)
+    assert not run.report("live").json.exists()
+    assert len(journals(run)) == 1
+
+
+def test_a_budget_that_ends_before_the_decision_is_inconclusive_and_goes_on(run, monkeypatch):
+    undecided = policy(clean=limit(0.93))
+    monkeypatch.setattr("compressor.verification.time", Clock())
+    first = live(run, undecided, max_seconds=1)
+    assert (first.verdict, first.exit_code) == ("inconclusive", 6)
+    assert CHUNK_SIZE <= first.num_images < NUM_TEST_IMAGES
+    reason = read_report(run.report("live").json).status_reason
+    assert reason.startswith(f"the budget ended after {first.num_images} of 497 images")
+    assert len(journals(run)) == 1
+
+    first_table = run.report("live").samples.read_text()
+    monkeypatch.setattr("compressor.verification.time", Clock())
+    second = live(run, undecided, max_seconds=1)
+    assert second.num_images > first.num_images
+    assert run.report("live").samples.read_text().startswith(first_table)
+
+
+def test_a_decision_leaves_no_journal(run):
+    live(run, policy(clean=limit(0.6)))
+    assert journals(run) == []
+
+
+# What is refused before anything is attacked
+
+
+@pytest.fixture
+def no_attack(monkeypatch):
+    def fail(*_, **__):
+        raise AssertionError("an attack was begun")
+
+    monkeypatch.setattr("compressor.gate_workflow.attack_chunks", fail)
+
+
+def test_a_missing_baseline_is_missed_first(run, no_attack, tmp_path):
+    rules = with_baseline(policy(clean=limit(0.6)), tmp_path / "before.json")
+    with pytest.raises(RunError, match=r"before\.json does not exist"):
+        live(run, rules)
+
+
+def test_an_attack_that_does_not_exist_is_missed_first(run, no_attack):
+    with pytest.raises(UsageError, match="there is no attack pgd_20"):
+        live(run, policy(attacks={"pgd_20": limit(0.5)}))

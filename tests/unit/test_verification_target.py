@@ -1,0 +1,255 @@
+"""What may be verified, under which name, with which images, and what is refused."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from compressor.data import load_test_split
+from compressor.errors import DataError, RunError, TeacherError, UsageError, WeightsError
+from compressor.networks import NetworkSpec, build_classifier
+from compressor.performance_settings import PerformanceSettings
+from compressor.recipe import DataRecipe
+from compressor.recipe_file import parse_recipe
+from compressor.run_directory import RunDirectory
+from compressor.training_workflow import TrainingRequest, train
+from compressor.verification_target import load_target, open_target
+from compressor.weights import sha256_of_file
+from exporters.workflow import export_run
+
+SETTINGS = PerformanceSettings(device="cpu", training_dtype="float32", num_threads=1)
+TABLE = {
+    "name": "mine",
+    "data": {"source": "digits", "validation_size": 50},
+    "student": {"architecture": "tiny", "width": 0.5},
+    "method": {"name": "cross_entropy"},
+    "training": {"epochs": 1, "batch_size": 300},
+    "selection": {"num_steps": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("target") / "the-run"
+    recipe = parse_recipe(TABLE, origin="test")
+    run = train(recipe, TrainingRequest(out=out, settings=SETTINGS))
+    export_run(run, settings=SETTINGS)
+    return run
+
+
+@pytest.fixture(scope="module")
+def split():
+    recipe = DataRecipe(source="digits", validation_size=50)
+    return load_test_split(recipe, settings=SETTINGS, device=torch.device("cpu"), num_images=20)
+
+
+@pytest.fixture
+def weights(run, tmp_path):
+    """The weights, far from their run."""
+    return shutil.copy(run.model, tmp_path / "weights.safetensors")
+
+
+@pytest.fixture
+def copy(run, tmp_path):
+    """A run of one's own, to be spoilt."""
+    return RunDirectory(shutil.copytree(run.path, tmp_path / "copy"))
+
+
+def linear_file(path, *, num_classes=10, side=8):
+    """A linear map from grey images to logits."""
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    weight = numpy_helper.from_array(torch.zeros(side * side, num_classes).numpy(), "weight")
+    nodes = [
+        helper.make_node("Flatten", ["images"], ["flat"]),
+        helper.make_node("MatMul", ["flat", "weight"], ["logits"]),
+    ]
+    images = helper.make_tensor_value_info("images", TensorProto.FLOAT, ["N", 1, side, side])
+    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["N", num_classes])
+    graph = helper.make_graph(nodes, "linear", [images], [logits], [weight])
+    opset = helper.make_opsetid("", 20)
+    onnx.save(helper.make_model(graph, opset_imports=[opset], ir_version=10), path)
+    return str(path)
+
+
+def answers(network, split):
+    x_NCHW = torch.rand(5, *split.image_shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return network(x_NCHW)
+
+
+# What it is
+
+
+def test_a_run_knows_its_name_its_images_and_its_folder(run, split):
+    target = open_target(str(run.path), source=None)
+    assert (target.name, target.folder) == ("mine", run.path)
+    assert target.data_recipe(None).source == "digits"
+    assert target.data_recipe("imagefolder:x").source == "imagefolder:x"
+    model = load_target(target, split)
+    assert model.facts.kind == "run"
+    assert model.facts.architecture == "tiny, width 0.5"
+    assert model.facts.sha256 == sha256_of_file(run.model) == target.facts["model_sha256"]
+    assert model.facts.source_sha256 is None
+    assert (model.onnx, model.num_bytes) == (None, run.model.stat().st_size)
+
+
+@pytest.mark.parametrize("prefix", ["", "tiny:"])
+def test_weights_are_the_same_model_without_a_run(run, weights, split, prefix):
+    """Where the file describes itself, its width need not be said."""
+    target = open_target(f"{prefix}{weights}", source=None)
+    assert (target.run, target.recipe, target.facts) == (None, None, None)
+    assert target.name == "weights"
+    assert target.folder == Path("runs/verify-weights")
+    model = load_target(target, split)
+    assert model.facts.kind == "weights"
+    assert model.facts.sha256 == sha256_of_file(weights)
+    of_run = load_target(open_target(str(run.path), source=None), split)
+    torch.testing.assert_close(
+        answers(model.network.eval(), split), answers(of_run.network.eval(), split)
+    )
+
+
+def test_weights_with_their_architecture(tmp_path, split):
+    spec = NetworkSpec(architecture="tiny", num_classes=10, image_shape=split.image_shape)
+    network = build_classifier(spec, seed=1)
+    torch.save(network.backbone.state_dict(), tmp_path / "bare.pt")
+    model = load_target(open_target(f"tiny:{tmp_path / 'bare.pt'}", source=None), split)
+    assert model.facts.kind == "weights"
+    assert model.facts.architecture == "tiny, width 1"
+    torch.testing.assert_close(answers(model.network.eval(), split), answers(network.eval(), split))
+
+
+def test_a_file_with_its_source_has_both_hashes(run, weights, split):
+    file = str(run.onnx("fp32"))
+    for source in (str(run.path), str(weights)):
+        target = open_target(file, source=source)
+        assert target.name == "model.fp32"
+        assert target.folder == Path("runs/verify-model.fp32")
+        model = load_target(target, split)
+        assert model.facts.kind == "onnx"
+        assert model.facts.sha256 == sha256_of_file(run.onnx("fp32"))
+        assert model.facts.source_sha256 == sha256_of_file(run.model)
+        assert model.num_bytes == run.onnx("fp32").stat().st_size
+        torch.testing.assert_close(
+            answers(model.onnx, split),
+            answers(model.network.eval(), split),
+            rtol=1e-3,
+            atol=1e-4,
+        )
+
+
+def test_a_file_with_the_run_it_came_from_needs_no_data(run):
+    target = open_target(str(run.onnx("fp32")), source=str(run.path))
+    assert target.data_recipe(None).source == "digits"
+    assert target.run.path == run.path
+
+
+def test_a_file_alone_has_nothing_to_differentiate(run, split):
+    model = load_target(open_target(str(run.onnx("fp32")), source=None), split)
+    assert (model.network, model.spec, model.facts.source_sha256) == (None, None, None)
+    assert model.facts.kind == "onnx"
+
+
+# What is refused
+
+
+@pytest.mark.parametrize("kind", ["weights", "file"])
+def test_what_is_no_run_needs_data(run, weights, kind):
+    path = {"weights": weights, "file": run.onnx("fp32")}[kind]
+    target = open_target(str(path), source=None)
+    with pytest.raises(UsageError, match="give them with --data, for example --data imagefolder"):
+        target.data_recipe(None)
+    assert target.data_recipe("digits").source == "digits"
+
+
+@pytest.mark.parametrize("kind", ["run", "weights"])
+def test_a_source_is_for_files_only(run, weights, kind):
+    path = {"run": run.path, "weights": weights}[kind]
+    with pytest.raises(UsageError, match=f"--source is for ONNX files.*; {path} is not one"):
+        open_target(str(path), source=str(run.path))
+
+
+def test_a_source_without_a_gradient_is_none(run, split, tmp_path):
+    other = linear_file(tmp_path / "other.onnx")
+    target = open_target(str(run.onnx("fp32")), source=other)
+    with pytest.raises(UsageError, match="has no gradient either; give the run it came from"):
+        load_target(target, split)
+
+
+@pytest.mark.parametrize("name", ["nowhere", "folder", "folder.onnx", "nowhere.safetensors"])
+def test_what_is_no_run_is_refused(tmp_path, name):
+    if name.startswith("folder"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(RunError, match=f"{name} is not a run"):
+        open_target(str(tmp_path / name), source=None)
+
+
+def test_a_source_that_is_no_run_is_refused(run, tmp_path):
+    with pytest.raises(RunError, match="is not a run"):
+        open_target(str(run.onnx("fp32")), source=str(tmp_path))
+
+
+def test_a_source_that_is_not_there_is_refused(run, split):
+    target = open_target(str(run.onnx("fp32")), source="nowhere.safetensors")
+    with pytest.raises(WeightsError, match=r"nowhere\.safetensors does not exist"):
+        load_target(target, split)
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "message"), [(None, "does not exist"), (0, "is empty"), (500, "is damaged")]
+)
+def test_a_file_that_is_not_whole_is_refused(run, tmp_path, num_bytes, message):
+    path = tmp_path / "part.onnx"
+    if num_bytes is not None:
+        path.write_bytes(run.onnx("fp32").read_bytes()[:num_bytes])
+    with pytest.raises(WeightsError, match=message):
+        open_target(str(path), source=str(run.path))
+
+
+def test_a_file_of_other_classes_is_refused(run, split, tmp_path):
+    target = open_target(linear_file(tmp_path / "x.onnx", num_classes=7), source=str(run.path))
+    with pytest.raises(DataError, match="has 7 classes, the test images have 10"):
+        load_target(target, split)
+
+
+def test_a_file_for_other_images_is_refused(run, split, tmp_path):
+    target = open_target(linear_file(tmp_path / "x.onnx", side=16), source=str(run.path))
+    with pytest.raises(WeightsError, match="takes images of 1x16x16"):
+        load_target(target, split)
+
+
+def test_weights_for_other_classes_are_refused(weights, split):
+    fewer = replace(split, class_names=("a", "b"))
+    with pytest.raises(TeacherError, match="it has 10 classes, the data has 2"):
+        load_target(open_target(str(weights), source=None), fewer)
+
+
+def test_a_run_that_has_not_ended_is_refused(copy, split):
+    copy.model.unlink()
+    with pytest.raises(RunError, match="training has not ended"):
+        load_target(open_target(str(copy.path), source=None), split)
+
+
+@pytest.mark.parametrize("as_source", [False, True])
+@pytest.mark.parametrize(
+    "change", [{"image_shape": (1, 16, 16)}, {"class_names": tuple("abcdefghij")}], ids=str
+)
+def test_images_of_another_kind_are_refused(run, split, change, as_source):
+    """Also where the run is the source of a file."""
+    path, source = (run.onnx("fp32"), str(run.path)) if as_source else (run.path, None)
+    with pytest.raises(DataError, match="give the data of the run with --data"):
+        load_target(open_target(str(path), source=source), replace(split, **change))
+
+
+@pytest.mark.parametrize("as_source", [False, True])
+def test_training_images_are_refused(run, split, as_source):
+    path, source = (run.onnx("fp32"), str(run.path)) if as_source else (run.path, None)
+    trained_on = json.loads(run.facts.read_text())["training_content_sha256"]
+    known = replace(split, content_sha256=trained_on)
+    with pytest.raises(DataError, match="the test images are the training images of this run"):
+        load_target(open_target(str(path), source=source), known)
