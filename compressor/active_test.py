@@ -21,13 +21,15 @@ from compressor.report import ValidityRow
 from compressor.threat import ThreatModel
 
 NUM_IMAGES = 32
-NUM_INNER = 200
-NUM_BORDER = 8
-"""Candidates for the point beyond the hyperplane; the one that stands out most is taken."""
+NUM_COMMON = 200
+"""Points around each image that belong to class 0, half of them on the border."""
+NUM_CANDIDATES = 32
+"""Points on the border, of which the one that stands out most is planted."""
 CLOSENESS = 0.9
-"""Where the hyperplane cuts the way from the outermost inner point (0) to that point (1)."""
-SHRINKAGE = 0.1
-"""Share of a multiple of the identity in the covariance, which has more entries than points."""
+"""Where the hyperplane cuts the way from the outermost common point (0) to the planted one (1)."""
+SHRINKAGE = 0.5
+"""Share of a multiple of the identity in the covariance. With less, hyperplanes lie along features
+that hardly ever move, where no gradient leads."""
 MIN_FOUND = 0.95
 MAX_RANDOM = 0.5
 
@@ -41,11 +43,14 @@ ACTIVE_TEST = Check(
 )
 
 
+_Points = Callable[[Tensor, ThreatModel, Draws], Tensor]
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PlantedModel:
     """Two classes, and an adversarial image for each of M images: [N, C, H, W] -> logits [N, 2].
 
-    Class 0 is what lies around the image; class 1 begins beyond a hyperplane in the features.
+    Class 0 is what is common around the image; class 1 begins beyond a hyperplane in the features.
     """
 
     features: Model
@@ -76,8 +81,9 @@ def active_test(
     Source: Zimmermann, Brendel, Tramer and Carlini, "Increasing confidence in adversarial
     robustness evaluations", NeurIPS 2022 (the binarisation test). Differs in that the hyperplane
     is a linear discriminant with a shrunken covariance, in closed form, instead of a trained
-    logistic regression, that all images are attacked at once, and that the verdict is an exact
-    binomial test.
+    logistic regression; that class 0 has points on the border, too, or in small images random
+    search finds what is planted; that all images are attacked at once; and that the verdict is an
+    exact binomial test.
 
     Args:
         features: images -> what the last linear layer is given [N, D], differentiable.
@@ -91,7 +97,7 @@ def active_test(
     x, keys = x_NCHW[far_apart], keys_N[far_apart]
     planted, places_M = plant(features, x, keys_N=child_keys(keys, 1), threat=threat)
     if not len(places_M):
-        return ACTIVE_TEST.not_run(f"no hyperplane sets a border point apart, of {len(x)} images")
+        return ACTIVE_TEST.not_run(f"no hyperplane sets a point apart, of {len(x)} images")
     x, keys = x[places_M], keys[places_M]
     draws = KeyedDraws(keys_N=child_keys(keys, 2))
     found = attack.search(
@@ -155,25 +161,30 @@ def plant(
 ) -> tuple[PlantedModel, Tensor]:
     """The planted model, and the places of the M images for which it worked, int64 [M].
 
-    Inner points are uniform in the cube (linf), or at uniform distances in random directions (l2).
+    Class 0 has the image, points inside the ball and points on its border.
     """
     draws = KeyedDraws(keys_N=keys_N)
-    inner = [features(_inner_points(x_NCHW, threat, draws)) for _ in range(NUM_INNER)]
-    inner_NPD = torch.stack([features(x_NCHW), *inner], dim=1)
-    border = [features(border_points(x_NCHW, threat, draws)) for _ in range(NUM_BORDER)]
-    border_NPD = torch.stack(border, dim=1)
-    weight_ND, bias_N, is_apart_N = _hyperplanes(inner_NPD.double(), border_NPD.double())
+
+    def features_around(points: _Points, num_points: int) -> list[Tensor]:
+        return [features(points(x_NCHW, threat, draws)) for _ in range(num_points)]
+
+    inner = features_around(_inner_points, NUM_COMMON // 2)
+    border = features_around(border_points, NUM_COMMON // 2)
+    common_NPD = torch.stack([features(x_NCHW), *inner, *border], dim=1)
+    candidate_NPD = torch.stack(features_around(border_points, NUM_CANDIDATES), dim=1)
+    weight_ND, bias_N, is_apart_N = _hyperplanes(common_NPD.double(), candidate_NPD.double())
     places_M = is_apart_N.nonzero()[:, 0]
     planted = PlantedModel(
         features=features,
         origins=Origins(x_NCHW[places_M], threat),
-        weight_MD=weight_ND[places_M].to(inner_NPD.dtype),
-        bias_M=bias_N[places_M].to(inner_NPD.dtype),
+        weight_MD=weight_ND[places_M].to(common_NPD.dtype),
+        bias_M=bias_N[places_M].to(common_NPD.dtype),
     )
     return planted, places_M
 
 
 def _inner_points(x_NCHW: Tensor, threat: ThreatModel, draws: Draws) -> Tensor:
+    """Uniform in the cube (linf), or at uniform distances in random directions (l2)."""
     shape = x_NCHW.shape[1:]
     if threat.norm == "linf":
         change = 2 * draws.uniform(shape) - 1
@@ -182,23 +193,23 @@ def _inner_points(x_NCHW: Tensor, threat: ThreatModel, draws: Draws) -> Tensor:
     return (x_NCHW + threat.epsilon_pixels * change.to(x_NCHW.dtype)).clamp(0, 1)
 
 
-def _hyperplanes(inner_NPD: Tensor, border_NPD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Normals [N, D] and offsets [N] with all inner points below 0 and one border point above.
+def _hyperplanes(common_NPD: Tensor, candidate_NPD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Normals [N, D] and offsets [N] with all common points below 0 and one candidate above.
 
-    In units of the inner points' standard deviation along the normal. The third value says
-    whether the border point is more than one of these beyond the outermost inner point.
+    In units of the common points' standard deviation along the normal. The third value says
+    whether the candidate is more than one of these beyond the outermost common point.
     """
-    mean_N1D = inner_NPD.mean(dim=1, keepdim=True)
-    inner_NPD, border_NPD = inner_NPD - mean_N1D, border_NPD - mean_N1D
-    covariance_NDD = inner_NPD.mT @ inner_NPD / inner_NPD.shape[1]
+    mean_N1D = common_NPD.mean(dim=1, keepdim=True)
+    common_NPD, candidate_NPD = common_NPD - mean_N1D, candidate_NPD - mean_N1D
+    covariance_NDD = common_NPD.mT @ common_NPD / common_NPD.shape[1]
     variance_N = covariance_NDD.diagonal(dim1=1, dim2=2).mean(dim=1).clamp(min=1e-30)
-    sphere_NDD = variance_N[:, None, None] * torch.eye(inner_NPD.shape[2]).to(inner_NPD)
+    sphere_NDD = variance_N[:, None, None] * torch.eye(common_NPD.shape[2]).to(common_NPD)
     normal_NDP = torch.linalg.solve(
-        torch.lerp(covariance_NDD, sphere_NDD, SHRINKAGE), border_NPD.mT
+        torch.lerp(covariance_NDD, sphere_NDD, SHRINKAGE), candidate_NPD.mT
     )
-    normal_NDP = normal_NDP / (inner_NPD @ normal_NDP).std(dim=1, keepdim=True).clamp(min=1e-30)
-    outermost_NP = (inner_NPD @ normal_NDP).amax(dim=1)
-    gap_NP = (border_NPD * normal_NDP.mT).sum(dim=2) - outermost_NP
+    normal_NDP = normal_NDP / (common_NPD @ normal_NDP).std(dim=1, keepdim=True).clamp(min=1e-30)
+    outermost_NP = (common_NPD @ normal_NDP).amax(dim=1)
+    gap_NP = (candidate_NPD * normal_NDP.mT).sum(dim=2) - outermost_NP
     gap_N, best_N = gap_NP.max(dim=1)
     rows_N = torch.arange(len(gap_N), device=gap_N.device)
     normal_ND = normal_NDP[rows_N, :, best_N]

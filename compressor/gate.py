@@ -39,7 +39,6 @@ def judge(
     policy: GatePolicy,
     *,
     baseline: RobustnessReport | None = None,
-    lower_bound: LowerBound = Proportion.lower_bound,
 ) -> GateResult:
     """Put a report to a policy.
 
@@ -47,9 +46,6 @@ def judge(
         report: of the model that wants to ship.
         policy: the rules.
         baseline: a report of the model that ships now, on the same images.
-        lower_bound: how accuracies are bounded. The default is for a number of images that was
-            fixed before. An incomplete report is always judged by `early_look`, as what ended it
-            may have depended on what was found.
 
     Raises:
         PolicyError: if the policy limits a drop and there is no baseline.
@@ -59,7 +55,7 @@ def judge(
             "baseline.max_drop needs a report of the model that ships now: set baseline.report in "
             "the policy, or give --baseline REPORT"
         )
-    bound = early_look if report.status == "incomplete" else lower_bound
+    bound = _bound_for(report)
     checks = tuple(check_report(report, policy, baseline))
     bars = [check for check in checks if check.status in {"invalid", "unverified"}]
     comparison = compare(report, baseline) if baseline is not None and not bars else None
@@ -88,7 +84,7 @@ def judge_live(
     report: RobustnessReport, policy: GatePolicy, *, baseline: RobustnessReport | None = None
 ) -> GateResult:
     """As `judge`, for an evaluation that the gate itself could have ended early."""
-    return judge(report, policy, baseline=baseline, lower_bound=last_look)
+    return judge(report.model_copy(update={"looks": "many"}), policy, baseline=baseline)
 
 
 def decide_live(
@@ -111,6 +107,16 @@ def decide_live(
     elif may_change:
         verdict = "undecided"
     return Decision(verdict=verdict, reason=result.reason, judged=decision.judged)
+
+
+def _bound_for(report: RobustnessReport) -> LowerBound:
+    """How accuracies are bounded: for one look at a number of images that was fixed before, if so.
+
+    An incomplete report may have been ended by what was found.
+    """
+    if report.status == "incomplete":
+        return early_look
+    return last_look if report.looks == "many" else Proportion.lower_bound
 
 
 def _rules(

@@ -78,7 +78,9 @@ def gate_live(
             ):
                 found = known
                 evidence = Evidence(cost=cost)
-                report = describe(prepared, found, evidence=evidence, ended_because=ended_because)
+                report = describe(
+                    prepared, found, evidence=evidence, ended_because=ended_because, looks="many"
+                )
                 if decide_live(report, policy, baseline=baseline).verdict != "undecided":
                     break
         except BudgetSpentError:
@@ -86,7 +88,9 @@ def gate_live(
             if found is None:
                 raise
         assert found is not None  # noqa: S101
-        report = conclude(prepared, subject, found, tell=tell, ended_because=ended_because)
+        report = conclude(
+            prepared, subject, found, tell=tell, ended_because=ended_because, looks="many"
+        )
     if ended_because == "the gate was decided":
         journal.remove()
     return judge_live(report, policy, baseline=baseline)

@@ -205,6 +205,9 @@ class RobustnessReport(_Table):
     name: str
     status: Status
     status_reason: str
+    looks: Literal["one", "many"] = "one"
+    """`many`: `gate --live` looked after every chunk and could stop by what it saw, so bounds for a
+    fixed number of images do not hold."""
     protocol: str
     """What the worst case is the worst of: `AutoAttack-style`, `AutoAttack (compat)`, or the
     names of the attacks."""

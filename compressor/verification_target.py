@@ -34,15 +34,20 @@ class Target:
     def name(self) -> str:
         """For titles."""
         if self.onnx is not None or self.recipe is None:
-            return Path(self.path).stem
+            return self._stem
         return self.recipe.name
+
+    @property
+    def _stem(self) -> str:
+        """Of the file, without its architecture."""
+        return Path(self.path.rpartition(":")[2]).stem
 
     @property
     def folder(self) -> Path:
         """Where its reports go, unless the user says otherwise."""
         if self.run is not None and self.onnx is None:
             return self.run.path
-        return Path("runs") / f"verify-{Path(self.path).stem}"
+        return Path("runs") / f"verify-{self._stem}"
 
     def data_recipe(self, data_source: str | None) -> DataRecipe:
         """Which images to attack.

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from compressor.attacks.stages import protocol_of
 from compressor.cascade import Subject
@@ -81,6 +82,9 @@ def verify(
     return report, prepared.files
 
 
+Looks = Literal["one", "many"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
     """What a report says beside the attacks; empty where it is not known yet."""
@@ -97,6 +101,7 @@ def conclude(
     *,
     tell: Callable[[str], None] = lambda _: None,
     ended_because: str = "the budget ended",
+    looks: Looks = "one",
 ) -> RobustnessReport:
     """Check the evaluation, measure costs, and write everything that people and programs read.
 
@@ -106,6 +111,7 @@ def conclude(
         found: what the attacks found.
         tell: told in words what is done.
         ended_because: why, if not all planned images are done.
+        looks: `many` if it could be stopped by what was found.
     """
     validity: tuple[ValidityRow, ...] = ()
     curve: tuple[CurvePoint, ...] = ()
@@ -119,13 +125,18 @@ def conclude(
     tell("measuring latency")
     cost = cost_rows(prepared.target, prepared.model, prepared.teachers)
     evidence = Evidence(validity=validity, curve=curve, cost=cost)
-    report = describe(prepared, found, evidence=evidence, ended_because=ended_because)
+    report = describe(prepared, found, evidence=evidence, ended_because=ended_because, looks=looks)
     _write(report, prepared, subject, found)
     return report
 
 
 def describe(
-    prepared: Prepared, found: Verification, *, evidence: Evidence, ended_because: str
+    prepared: Prepared,
+    found: Verification,
+    *,
+    evidence: Evidence,
+    ended_because: str,
+    looks: Looks,
 ) -> RobustnessReport:
     """The report of what is known."""
     names = [stage.name for stage in prepared.stages]
@@ -135,6 +146,7 @@ def describe(
         name=prepared.target.name,
         status=status,
         status_reason=reason,
+        looks=looks,
         protocol=protocol_of(names, prepared.request.mode) if names else "no attack",
         target=prepared.model.facts,
         norm=prepared.threat.norm,

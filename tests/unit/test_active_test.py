@@ -60,14 +60,15 @@ def test_plant_puts_an_adversarial_image_in_every_ball(threat, features, x):
     planted, places_M = plant(features, x, keys_N=keys_N, threat=threat)
     assert len(places_M) >= 0.9 * len(x)
     draws = KeyedDraws(keys_N=keys_N)
-    inner = [module._inner_points(x, threat, draws) for _ in range(module.NUM_INNER)]
-    border = [border_points(x, threat, draws) for _ in range(module.NUM_BORDER)]
-    for point in (x, *inner):
-        assert threat.contains(point, x).all()
+    half = range(module.NUM_COMMON // 2)
+    common = [x, *(module._inner_points(x, threat, draws) for _ in half)]
+    common += [border_points(x, threat, draws) for _ in half]
+    candidates = [border_points(x, threat, draws) for _ in range(module.NUM_CANDIDATES)]
+    for point in common:
         assert (planted(point[places_M]).argmax(dim=1) == 0).all()
-    answers = torch.stack([planted(point[places_M]).argmax(dim=1) for point in border])
+    answers = torch.stack([planted(point[places_M]).argmax(dim=1) for point in candidates])
     assert (answers == 1).any(dim=0).all()
-    assert all(threat.contains(point, x).all() for point in border)
+    assert all(threat.contains(point, x).all() for point in (*common, *candidates))
 
 
 def test_plant_with_more_features_than_points(x):

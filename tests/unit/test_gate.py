@@ -481,3 +481,9 @@ def test_num_planned_of_a_class_leaves_room_for_all_that_are_open(incomplete):
     rule = {"per_class": {"min_clean_accuracy": 0.5}}
     planned = [one.num_planned for one in looks(incomplete(1, 8, planned=40), policy(**rule))]
     assert planned == [34] * 4
+
+
+def test_a_watched_report_keeps_its_bound_when_it_is_judged_again(standing):
+    once, watched = standing(53, 100), standing(53, 100, looks="many")
+    assert judge(watched, policy()) == judge_live(once, policy())
+    assert judge(watched, policy()).rules[0].lower_bound < judge(once, policy()).rules[0].lower_bound

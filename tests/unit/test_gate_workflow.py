@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 import compressor.gate_workflow
-from compressor.attacks.square import Square
+from compressor.attacks.apgd import APGD
 from compressor.errors import BudgetSpentError, RunError, UsageError
 from compressor.gate import judge_live
 from compressor.gate_policy import GatePolicy, with_baseline
@@ -111,12 +111,13 @@ def test_what_cannot_pass_any_more_ends_early(run, monkeypatch):
 
 
 def test_worst_case_is_judged_live_too(run, monkeypatch):
-    """At a radius where images stand; Square is cut short, as each costs it 5,000 queries."""
+    """At a radius where images stand; all attacks are cut short, as each costs 7,000 passes."""
 
     def build(*arguments, **options):
-        stages = build_stages(*arguments, **options)
-        short = [Square(threat=stage.search.threat, num_queries=20) for stage in stages[-1:]]
-        return (*stages[:-1], replace(stages[-1], search=short[0]))
+        return tuple(
+            replace(stage, search=APGD(threat=stage.search.threat, num_steps=3))
+            for stage in build_stages(*arguments, **options)
+        )
 
     monkeypatch.setattr("compressor.verification_request.build_stages", build)
     monkeypatch.setattr("compressor.verification_workflow.check_verification", lambda *_, **__: ())

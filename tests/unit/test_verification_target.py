@@ -114,11 +114,14 @@ def test_weights_are_the_same_model_without_a_run(run, weights, split, prefix):
     )
 
 
-def test_weights_with_their_architecture(tmp_path, split):
+def test_weights_with_their_architecture(tmp_path, split, monkeypatch):
     spec = NetworkSpec(architecture="tiny", num_classes=10, image_shape=split.image_shape)
     network = build_classifier(spec, seed=1)
     torch.save(network.backbone.state_dict(), tmp_path / "bare.pt")
-    model = load_target(open_target(f"tiny:{tmp_path / 'bare.pt'}", source=None), split)
+    monkeypatch.chdir(tmp_path)
+    target = open_target("tiny:bare.pt", source=None)
+    assert (target.name, target.folder) == ("bare", Path("runs/verify-bare"))
+    model = load_target(target, split)
     assert model.facts.kind == "weights"
     assert model.facts.architecture == "tiny, width 1"
     torch.testing.assert_close(answers(model.network.eval(), split), answers(network.eval(), split))
