@@ -27,9 +27,11 @@ NUM_CANDIDATES = 32
 """Points on the border, of which the one that stands out most is planted."""
 CLOSENESS = 0.9
 """Where the hyperplane cuts the way from the outermost common point (0) to the planted one (1)."""
-SHRINKAGE = 0.5
+SHRINKAGE = 0.8
 """Share of a multiple of the identity in the covariance. With less, hyperplanes lie along features
 that hardly ever move, where no gradient leads."""
+MIN_GAP = 0.5
+"""Standard deviations by which a planted point must be beyond the outermost common point."""
 MIN_FOUND = 0.95
 MAX_RANDOM = 0.5
 
@@ -197,7 +199,7 @@ def _hyperplanes(common_NPD: Tensor, candidate_NPD: Tensor) -> tuple[Tensor, Ten
     """Normals [N, D] and offsets [N] with all common points below 0 and one candidate above.
 
     In units of the common points' standard deviation along the normal. The third value says
-    whether the candidate is more than one of these beyond the outermost common point.
+    whether the candidate is far enough beyond the outermost common point.
     """
     mean_N1D = common_NPD.mean(dim=1, keepdim=True)
     common_NPD, candidate_NPD = common_NPD - mean_N1D, candidate_NPD - mean_N1D
@@ -214,4 +216,4 @@ def _hyperplanes(common_NPD: Tensor, candidate_NPD: Tensor) -> tuple[Tensor, Ten
     rows_N = torch.arange(len(gap_N), device=gap_N.device)
     normal_ND = normal_NDP[rows_N, :, best_N]
     edge_N = outermost_NP[rows_N, best_N] + CLOSENESS * gap_N
-    return normal_ND, -edge_N - (normal_ND * mean_N1D[:, 0]).sum(dim=1), gap_N > 1
+    return normal_ND, -edge_N - (normal_ND * mean_N1D[:, 0]).sum(dim=1), gap_N > MIN_GAP

@@ -252,12 +252,13 @@ def _gallery(
 ) -> tuple[GalleryEntry, ...]:
     """Those that might be shown in the end."""
     levels = (x_adv_NCHW * 255).round().to(torch.uint8)
+    confidences = confidence_N.tolist()
     entries = [
         GalleryEntry(
             place=row.place,
             attack=name,
             adv_base64="",
-            confidence_fraction=float(confidence_N[n]),
+            confidence_fraction=confidences[n],
             distance_pixels=row.distance_pixels,
             margin=row.margin,
         )

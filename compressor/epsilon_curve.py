@@ -40,8 +40,9 @@ def accuracy_curve(
         samples: what the cascade found.
         threat: its norm and epsilon.
     """
-    broken_by_cascade_N = torch.tensor([s.broken_by is not None for s in samples])
-    standing_N = torch.tensor([s.broken_by != WRONG_CLEAN for s in samples])
+    device = batch.y_N.device
+    broken_by_cascade_N = torch.tensor([s.broken_by is not None for s in samples], device=device)
+    standing_N = torch.tensor([s.broken_by != WRONG_CLEAN for s in samples], device=device)
     points = []
     for number, ratio in enumerate(RADII_OVER_EPSILON):
         radius = replace(threat, epsilon_pixels=ratio * threat.epsilon_pixels)
@@ -68,7 +69,7 @@ def _broken(
         found = attack.search(subject.search_dtype, x, y, draws=KeyedDraws(keys_N=keys))
         with torch.no_grad():
             logits_MK = subject.answer(found.x_adv_NCHW)
-        broken_N[rows_M] = by_logits(found.x_adv_NCHW, logits_MK, y).cpu()
+        broken_N[rows_M] = by_logits(found.x_adv_NCHW, logits_MK, y)
     return broken_N
 
 

@@ -23,7 +23,7 @@ from compressor.sample_order import proportional_order
 from compressor.samples import CLEAN_STAGE, Sample, take_outcomes
 from compressor.verification_progress import Meter, VerificationProgress
 
-NEAR_SHARE = 0.25
+NEAR_SHARE = 0.15
 """Images that an attack has driven below this share of their clean margin are searched in float32.
 
 All images that Square found in float32 but not in bfloat16, of 65 in three runs, ended below 0.14.

@@ -12,7 +12,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -65,6 +65,8 @@ class Measured:
     num_forwards: int
     num_backwards: int
     seconds: float
+    stage_seconds: Mapping[str, float] = field(default_factory=dict)
+    """Of our engines: where the time goes."""
 
 
 Engine = Callable[[Batch, TestSplit, Tensor], Measured]
@@ -97,6 +99,7 @@ def ours(network: nn.Module, performance: Performance, mode: Mode) -> Engine:
             num_forwards=sum(c.num_forwards for c in counters),
             num_backwards=sum(c.num_backwards for c in counters),
             seconds=seconds,
+            stage_seconds={o.stage: o.duration_seconds for o in found.outcomes},
         )
 
     return run
@@ -245,6 +248,17 @@ def _summary(measured: Mapping[str, Sequence[Measured]]) -> tuple[list[str], lis
     return header, rows
 
 
+def _stages(measured: Mapping[str, Sequence[Measured]]) -> tuple[list[str], list[list[str]]]:
+    """Where our engines spend their time."""
+    own = {name: ones for name, ones in measured.items() if ones[0].stage_seconds}
+    names = list(next(iter(own.values()))[0].stage_seconds)
+    rows = [
+        [name, *(f"{sum(one.stage_seconds[stage] for one in ones):.0f}" for stage in names)]
+        for name, ones in own.items()
+    ]
+    return ["engine", *names], rows
+
+
 def _write(
     options: argparse.Namespace,
     measured: Mapping[str, Sequence[Measured]],
@@ -271,6 +285,8 @@ def _write(
             f"# AutoAttack on {options.name}",
             (__doc__ or "").strip(),
             markdown_table(*table),
+            "Seconds of each stage, over all chunks:",
+            markdown_table(*_stages(measured)),
             "\n".join(f"- {name}: {value}" for name, value in facts.items()),
         ]
     )

@@ -66,6 +66,9 @@ TRAIN = "teacher train plain.toml --threads 1"
 ON_IMAGES = f"{TRAIN} --data imagefolder:images --set data.validation_size=4"
 RESUME = "distill run --resume --threads 1 --no-verify --no-export"
 ROBUST = f"{DISTILL} --robust-teacher"
+VERIFY = "verify run --threads 1 --samples 10"
+FILE = "verify teacher.onnx --threads 1 --samples 10"
+GATE = "gate run --policy gate.toml --threads 1"
 
 USAGE, KNOWN_ERROR, MISMATCH = 2, 4, 5
 
@@ -407,10 +410,6 @@ OPTIONS = {
     "two recipes": row(nothing, f"{CHECK} more.toml", "more.toml", "--help", code=USAGE),
     "no threads": row(nothing, f"{DISTILL} --threads 0", "'--threads'", "--help", code=USAGE),
     "threads in words": row(nothing, f"{TRAIN} --threads two", "'--threads'", "--help", code=USAGE),
-    "no samples": row(nothing, "verify run --samples 0", "'--samples'", "--help", code=USAGE),
-    "too many samples": row(
-        nothing, "verify run --samples 9999 --threads 1", "9999", "ask for 1 to 497"
-    ),
     "checkpoint interval NaN": row(
         nothing, f"{TRAIN} --checkpoint-minutes nan", "--checkpoint-minutes", code=USAGE
     ),
@@ -761,26 +760,6 @@ RUNS = {
         "is damaged: train_state.json cannot be read",
         "Remove that folder",
     ),
-    "verify of nothing": row(nothing, "verify nowhere", "nowhere is not a run", "Make one"),
-    "verify of an unfinished run": row(
-        removed("run/model.safetensors"), "verify run", "training has not ended", "--resume"
-    ),
-    "verify of a damaged model": row(
-        truncated("run/model.safetensors", 3000),
-        "verify run",
-        "model.safetensors has SHA-256",
-        "--resume",
-        code=MISMATCH,
-    ),
-    "verify without facts": row(
-        removed("run/run.json"), "verify run", "run/run.json is missing from the run"
-    ),
-    "verify with empty facts": row(
-        written("{}", "run/run.json"), "verify run", "run.json", "again"
-    ),
-    "verify without checkpoints": row(
-        removed("run/checkpoints"), "verify run --threads 1", "run has no checkpoint"
-    ),
     "export of a folder": row(
         lambda: Path("folder").mkdir(), "export folder", "folder is not a run", "Make one"
     ),
@@ -799,6 +778,190 @@ RUNS = {
     ),
 }
 
+TARGETS = {
+    "nothing": row(nothing, "verify nowhere", "nowhere is not a run", "Make one"),
+    "folder that is no run": row(
+        lambda: Path("folder").mkdir(), "verify folder", "folder is not a run", "Make one"
+    ),
+    "folder named as a file": row(
+        lambda: Path("folder.onnx").mkdir(), "verify folder.onnx", "is not a run", "Make one"
+    ),
+    "unfinished run": row(
+        removed("run/model.safetensors"), "verify run", "training has not ended", "--resume"
+    ),
+    "damaged model": row(
+        truncated("run/model.safetensors", 3000),
+        "verify run",
+        "model.safetensors has SHA-256",
+        "--resume",
+        code=MISMATCH,
+    ),
+    "without facts": row(
+        removed("run/run.json"), "verify run", "run/run.json is missing from the run"
+    ),
+    "with empty facts": row(written("{}", "run/run.json"), "verify run", "run.json", "again"),
+    "without checkpoints": row(removed("run/checkpoints"), VERIFY, "run has no checkpoint"),
+    "without its environment": row(
+        removed("run/environment.json"), VERIFY, "environment.json is missing", "copy it back"
+    ),
+    "other images": row(
+        nothing,
+        "verify run --threads 1 --data imagefolder:images",
+        "the test images have shape [3, 8, 8] and the classes ['cat', 'dog']",
+        "give the data of the run with --data",
+    ),
+    "images that are not there": row(
+        nothing, f"{VERIFY} --data imagefolder:nowhere", "there is no folder nowhere"
+    ),
+    "weights without data": row(
+        nothing, "verify teacher.safetensors", "does not say on which images", "--data", code=USAGE
+    ),
+    "weights that are not there": row(
+        nothing, "verify tiny:none.pt --data digits", "none.pt does not exist", "check"
+    ),
+    "weights of another architecture": row(
+        nothing,
+        "verify resnet18:teacher.safetensors --data digits",
+        "these are not weights of resnet18",
+        "name the right architecture",
+    ),
+    "weights for other classes": row(
+        nothing,
+        "verify teacher.safetensors --data imagefolder:images",
+        "it has 10 classes, the data has 2",
+    ),
+    "malicious pickle": row(
+        malicious_pickle, "verify tiny:teacher.pt --data digits", "wants to run code"
+    ),
+    "source of a run": row(
+        nothing,
+        f"{VERIFY} --source run",
+        "--source is for ONNX files",
+        "run is not one",
+        code=USAGE,
+    ),
+    "source of weights": row(
+        nothing,
+        "verify teacher.safetensors --source run --data digits",
+        "--source is for ONNX files",
+        code=USAGE,
+    ),
+    "file that is not there": row(nothing, FILE, "teacher.onnx does not exist", "check the path"),
+    "truncated file": row(onnx_file(num_bytes=200), f"{FILE} --source run", "is damaged", "again"),
+    "empty file": row(written("", "teacher.onnx"), FILE, "teacher.onnx is empty", "again"),
+    "file without data": row(
+        onnx_file(), FILE, "does not say on which images", "--data imagefolder:PATH", code=USAGE
+    ),
+    "file of other classes": row(
+        onnx_file(num_classes=7), f"{FILE} --source run", "has 7 classes", "have 10", "--data"
+    ),
+    "file of another size": row(
+        onnx_file(side=32), f"{FILE} --source run", "takes images of 1x32x32", "not 1x8x8"
+    ),
+    "source that is no run": row(
+        both(onnx_file(), lambda: Path("folder").mkdir()),
+        f"{FILE} --source folder",
+        "folder is not a run",
+    ),
+    "source that is not there": row(
+        onnx_file(), f"{FILE} --source none.pt --data digits", "none.pt does not exist", "check"
+    ),
+    "source without a gradient": row(
+        onnx_file(),
+        f"{FILE} --source teacher.onnx --data digits",
+        "has no gradient either",
+        "give the run it came from",
+        code=USAGE,
+    ),
+}
+
+VERIFICATIONS = {
+    "unknown attack": row(
+        nothing, f"{VERIFY} --attacks nonsense", "no attack nonsense", "papers", code=USAGE
+    ),
+    "no attack": row(
+        nothing, f"{VERIFY} --attacks ,", "(none named)", "use papers, autoattack", code=USAGE
+    ),
+    "unknown mode": row(nothing, f"{VERIFY} --mode x", "--mode 'x'", "fast, compat", code=USAGE),
+    "unknown norm": row(nothing, f"{VERIFY} --norm l1", "--norm 'l1'", "linf, l2", code=USAGE),
+    "norm without a radius": row(
+        nothing, f"{VERIFY} --norm l2", "--norm l2 needs a radius", "give --epsilon", code=USAGE
+    ),
+    "grey levels for a radius": row(
+        nothing, f"{VERIFY} --epsilon 8", "--epsilon 8 is outside", '"8/255"', code=USAGE
+    ),
+    "radius of nothing": row(
+        nothing, f"{VERIFY} --epsilon 0", "--epsilon 0 is outside (0, 1]", code=USAGE
+    ),
+    "radius below nothing": row(
+        nothing, f"{VERIFY} --epsilon=-1/255", "--epsilon -0.00392", "is outside", code=USAGE
+    ),
+    "radius that is no number": row(
+        nothing, f"{VERIFY} --epsilon x", "'x' is not a number", 'as "8/255"', code=USAGE
+    ),
+    "radius NaN": row(nothing, f"{VERIFY} --epsilon nan", "--epsilon nan is outside", code=USAGE),
+    "radius divided by nothing": row(
+        nothing, f"{VERIFY} --epsilon 8/0", "'8/0' is not a number", code=USAGE
+    ),
+    "radius larger than any image": row(
+        nothing, f"{VERIFY} --norm l2 --epsilon 9", "--epsilon 9 is outside (0, 8]", code=USAGE
+    ),
+    "no samples": row(nothing, "verify run --samples 0", "'--samples'", "--help", code=USAGE),
+    "samples in words": row(
+        nothing, "verify run --samples all", "'--samples'", "--help", code=USAGE
+    ),
+    "too many samples": row(
+        nothing, "verify run --samples 9999 --threads 1", "9999", "ask for 1 to 497"
+    ),
+    "no time": row(nothing, f"{VERIFY} --max-seconds 0", "'--max-seconds'", code=USAGE),
+    "time NaN": row(nothing, f"{VERIFY} --max-seconds nan", "--max-seconds", code=USAGE),
+    "no batch": row(nothing, f"{VERIFY} --batch-size 0", "'--batch-size'", code=USAGE),
+    "seed below nothing": row(nothing, f"{VERIFY} --seed=-1", "'--seed'", "--help", code=USAGE),
+    "nonsense dtype": row(nothing, f"{VERIFY} --dtype int3", "--dtype 'int3'", code=USAGE),
+    "nonsense device": row(nothing, f"{VERIFY} --device toaster", "'toaster'", "use auto, cpu"),
+    "out is a file": row(nothing, f"{VERIFY} --attacks fgsm --out plain.toml", "plain.toml"),
+    "two targets": row(nothing, f"{VERIFY} more", "more", "--help", code=USAGE),
+}
+
+POLICY = "schema = 1\n[clean]\nmin_accuracy = 0.5\n"
+policy = written(POLICY, "gate.toml")
+
+GATES = {
+    "no policy": row(nothing, "gate run", "--policy FILE is missing", "gate.toml", code=USAGE),
+    "missing policy": row(nothing, GATE, "gate.toml does not exist", "start from"),
+    "no target": row(policy, "gate --policy gate.toml", "which REPORT or RUN?", code=USAGE),
+    "no report": row(policy, GATE, "run/report.json does not exist", "make it with"),
+    "live without a run": row(
+        policy, "gate nowhere --policy gate.toml --live", "nowhere is not a run", "Make one"
+    ),
+    "live of an unfinished run": row(
+        both(policy, removed("run/model.safetensors")), f"{GATE} --live", "training has not ended"
+    ),
+    "live with other images": row(
+        policy, f"{GATE} --live --data imagefolder:images", "give the data of the run with --data"
+    ),
+    "live with too many samples": row(policy, f"{GATE} --live --samples 9999", "ask for 1 to 497"),
+    "live with no samples": row(policy, f"{GATE} --live --samples 0", "'--samples'", code=USAGE),
+    "live with no time": row(policy, f"{GATE} --live --max-seconds 0", "'--max-sec", code=USAGE),
+    "live with an unknown attack": row(
+        written(f"{POLICY}[attacks.pgd_20]\nmin_accuracy = 0.5", "gate.toml"),
+        f"{GATE} --live",
+        "there is no attack pgd_20",
+        code=USAGE,
+    ),
+    "live with a missing baseline": row(
+        policy, f"{GATE} --live --baseline before.json", "before.json does not exist"
+    ),
+    "live on a nonsense device": row(policy, f"{GATE} --live --device toaster", "'toaster'"),
+    "samples without live": row(
+        policy, f"{GATE} --samples 5", "--samples and --max-seconds are for --live", code=USAGE
+    ),
+    "unknown verdict": row(
+        policy, f"{GATE} --inconclusive maybe", "--inconclusive 'maybe'", "warn", code=USAGE
+    ),
+    "assumption above all": row(policy, f"{GATE} --plan --assume 2", "'--assume'", code=USAGE),
+}
+
 TABLES = {
     "recipe": RECIPES,
     "set": OVERRIDES,
@@ -807,6 +970,9 @@ TABLES = {
     "student": STUDENTS,
     "teacher": TEACHER_FILES,
     "run": RUNS,
+    "target": TARGETS,
+    "verification": VERIFICATIONS,
+    "gate": GATES,
 }
 ROWS = {f"{table}: {name}": bad for table, rows in TABLES.items() for name, bad in rows.items()}
 

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 import cli.main
 from compressor.errors import ExitCode, RobustCompressError
+from compressor.report import read_report, write_report
 from compressor.run_directory import RunDirectory
 
 PLAIN = """
@@ -27,6 +28,8 @@ epsilon_pixels = "1/255"
 [data]
 source = "digits"
 validation_size = 50
+crop_padding_pixels = 0
+horizontal_flip = false
 [student]
 architecture = "tiny"
 [method]
@@ -50,13 +53,18 @@ role = "robust"
 source = "teacher.safetensors"
 """
 
+POLICY = "schema = 1\n[clean]\nmin_accuracy = 0.01\n"
+
 TRAINING = """--set --out --resume --device --dtype --threads --checkpoint-minutes --keep-every
     --memory-mib --workers --download --json --help"""
 OPTIONS = {
     "": "--version --help --install-completion --show-completion",
     "distill": f"""RECIPE_PATH --data --clean-teacher --robust-teacher --student {TRAINING}
         --accept-teachers --verify --no-verify --export --no-export""",
-    "verify": "RUN_PATH --samples --data --device --threads --json --help",
+    "verify": """TARGET --source --data --attacks --mode --epsilon --norm --samples --max-seconds
+        --batch-size --seed --out --device --dtype --threads --json --help""",
+    "gate": """TARGET --policy --baseline --inconclusive --out --junit --sarif --summary --live
+        --samples --max-seconds --data --device --threads --plan --assume --json --help""",
     "export": "RUN_PATH --format --data --json --help",
     "doctor": "--json --help",
     "teacher": "--help",
@@ -107,8 +115,8 @@ def one_line(text):
 
 
 @pytest.fixture(scope="module")
-def materials(tmp_path_factory, one_thread, session_cache):
-    """Recipes, a teacher, and a run made from them."""
+def materials(tmp_path_factory, one_thread, session_cache, make_report):
+    """Recipes, a teacher, a run made from them; a policy and a report that passes it."""
     folder = tmp_path_factory.mktemp("materials")
     with contextlib.chdir(folder):
         Path("plain.toml").write_text(PLAIN)
@@ -116,7 +124,10 @@ def materials(tmp_path_factory, one_thread, session_cache):
         longer = ("--set", "training.epochs=4", "--set", "training.batch_size=64")
         assert call("teacher", "train", "plain.toml", "--out", "t", "--threads", "1", *longer) == 0
         Path("t/model.safetensors").rename("teacher.safetensors")
-        quick = ("--threads", "1", "--no-verify", "--no-export")
+        Path("gate.toml").write_text(POLICY)
+        Path("live.toml").write_text(f'{POLICY}[threat]\nnorm = "linf"\nepsilon = "120/255"\n')
+        write_report(make_report((None,) * 40), Path("good.json"))
+        quick = ("--threads", "1", "--no-export")
         assert call("distill", "recipe.toml", "--out", "run", *quick) == 0
     return folder
 
@@ -211,6 +222,7 @@ def test_version(capsys):
 # JSON
 
 ONE_THREAD = ("--threads", "1")
+LIVE = ("--live", "--samples", "20", *ONE_THREAD)
 JSON_RESULTS = {
     "recipe check": (("recipe", "check", "recipe.toml"), {"recipe_id", "recipe"}),
     "doctor": (("doctor",), {"python", "packages", "devices", "tensorrt", "overwritten_files"}),
@@ -223,9 +235,18 @@ JSON_RESULTS = {
         {"run", "model", "onnx"},
     ),
     "verify": (
-        ("verify", "run", "--samples", "20", *ONE_THREAD),
-        {"recipe_id", "clean", "attacks", "worst_case", "cost"},
+        ("verify", "run", "--samples", "20", "--attacks", "fgsm", *ONE_THREAD),
+        {"schema_version", "status", "target", "clean", "attacks", "worst_case", "cost"},
     ),
+    "gate": (
+        ("gate", "good.json", "--policy", "gate.toml"),
+        {"schema_version", "verdict", "exit_code", "rules", "checks", "num_images"},
+    ),
+    "gate, live": (
+        ("gate", "run", "--policy", "live.toml", "--inconclusive", "warn", *LIVE),
+        {"schema_version", "verdict", "exit_code", "rules", "checks", "num_images"},
+    ),
+    "gate, planned": (("gate", "--policy", "gate.toml", "--plan"), {"rules", "cost_per_image"}),
     "export": (("export", "run"), {"path", "sha256", "verification"}),
 }
 
@@ -238,11 +259,22 @@ def test_json_is_one_object(folder, arguments, keys, capfd):
     assert err == ""
 
 
+def test_distilling_ends_with_the_attacks_of_the_papers_only(folder):
+    """The whole cascade takes as long as training, so it is a command, and `report.json` its."""
+    names = {path.name for path in Path("run").iterdir()}
+    assert {f"report-papers.{kind}" for kind in ("json", "md", "html")} <= names
+    assert "samples-papers.csv" in names
+    assert not {"report.json", "samples.csv"} & names
+    report = read_report(Path("run/report-papers.json"))
+    assert report.protocol == "worst of fgsm, pgd_sat, pgd_trades, cw_inf"
+    assert report.clean.num_total == 497
+
+
 JSON_ERRORS = {
     "known error": (("verify", "nowhere"), "RunError", "nowhere is not a run", 4),
     "our usage error": (("export", "run", "--format", "x"), "UsageError", "--format 'x'", 2),
     "unknown option": (("export", "run", "--fast"), "UsageError", "--fast", 2),
-    "missing argument": (("verify",), "UsageError", "RUN", 2),
+    "missing argument": (("verify",), "UsageError", "TARGET", 2),
     "value out of range": (("verify", "run", "--threads", "0"), "UsageError", "--threads", 2),
 }
 

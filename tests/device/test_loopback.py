@@ -12,14 +12,18 @@ import os
 import subprocess
 import sys
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
 from torch import nn
 
 from compressor.attacks.build import build_inner_attack, evaluation_attacks, selection_attack
+from compressor.attacks.draws import KeyedDraws
+from compressor.attacks.search import by_logits
+from compressor.attacks.stages import build_stages
 from compressor.checkpoint import TrainState
 from compressor.data import (
     Augmentation,
@@ -30,9 +34,10 @@ from compressor.data import (
 from compressor.folding import EvaluationView
 from compressor.image_sources import open_source
 from compressor.image_storage import ResidentImages, StreamedImages
+from compressor.journal import Journal
 from compressor.losses import cross_entropy
 from compressor.methods.build import build_method
-from compressor.networks import NetworkSpec, build_classifier
+from compressor.networks import NetworkSpec, build_classifier, evaluation_mode
 from compressor.performance import Performance
 from compressor.performance_settings import PerformanceSettings
 from compressor.recipe import InnerAttackRecipe
@@ -42,13 +47,18 @@ from compressor.student import Student
 from compressor.teachers import Teacher
 from compressor.threat import ThreatModel
 from compressor.trainer import Training, _train_step, trained_tensors
-from compressor.verification import verify_network
+from compressor.training_workflow import TrainingRequest, train
+from compressor.verification import VerificationPlan, attack_chunks, network_subject
+from compressor.verification_request import VerificationRequest
+from compressor.verification_workflow import verify
 
 STARTS = ("gaussian", "uniform", "zero")
 EVALUATION_ATTACKS = ("fgsm", "pgd_sat", "pgd_trades", "cw_inf")
 ATTACKS = (*EVALUATION_ATTACKS, "selection", *(f"inner_{start}" for start in STARTS))
 METHODS = ("bmtard", "cross_entropy", "pgd_at", "trades")
 ARCHITECTURES = ("mobilenet_v2", "resnet18", "wide_resnet_22_6")
+SEARCHES = {"apgd_ce": 4, "apgd_dlr": 4, "apgd_t": 8, "fab_t": 22, "square": 2}
+"""How often one step waits for the device; of targeted ones, for two groups of targets."""
 BATCH_SIZE, NUM_STEPS = 32, 3
 NUM_TEST_IMAGES, TEST_BATCH_SIZE = 40, 16
 
@@ -151,16 +161,45 @@ def test_validation_waits_once_and_counts_as_on_the_cpu(product):
     assert product["validation"]["loopback"] == product["validation"]["cpu"]
 
 
+@pytest.mark.parametrize("name", SEARCHES)
+def test_search_waits_a_fixed_number_of_times_a_step(name, product):
+    """To let fooled rows leave; twice as many steps show what one costs."""
+    short, long = (product["traffic"][f"{name} {num_steps}"] for num_steps in (5, 10))
+    per_step = (long["read_backs"] - short["read_backs"]) / 5
+    assert per_step <= SEARCHES[name]
+    assert short["read_backs"] <= 5 * SEARCHES[name] + 25
+    assert short["uploads"] == long["uploads"] == 0
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_search_finds_the_same_as_on_the_cpu(name, product):
+    """Images, which of them fool, and how often each went through the model."""
+    assert product["differences"][f"{name} found"] == 0
+    assert 0 < product["num_fooled"][name] < BATCH_SIZE
+
+
 def test_verification_waits_only_to_judge_and_to_count(product):
-    num_batches = math.ceil(NUM_TEST_IMAGES / TEST_BATCH_SIZE)
-    allowed = num_batches * len(EVALUATION_ATTACKS) * 4 + len(EVALUATION_ATTACKS) + 2
+    """Of attacks of fixed length: 18 times for each and each chunk, and for each image to show."""
+    num_chunks = math.ceil(NUM_TEST_IMAGES / TEST_BATCH_SIZE)
+    num_shown = product["verification"]["loopback"]["num_shown"]
+    allowed = num_chunks * (10 + 18 * len(EVALUATION_ATTACKS)) + num_shown + 4
     assert product["traffic"]["verification"]["read_backs"] <= allowed
-    assert product["traffic"]["verification"]["uploads"] == 0
+    assert product["traffic"]["verification"]["uploads"] <= num_chunks * 5
 
 
 def test_verification_counts_as_on_the_cpu(product):
+    """Of every image, what each attack did to it."""
     assert product["verification"]["loopback"] == product["verification"]["cpu"]
-    assert set(product["verification"]["cpu"]) == {"clean", *EVALUATION_ATTACKS, "worst_case"}
+    samples = product["verification"]["cpu"]["samples"]
+    assert len(samples) == NUM_TEST_IMAGES
+    assert {tuple(sample["fooled_by"]) for sample in samples} >= {("clean", *EVALUATION_ATTACKS)}
+
+
+def test_report_is_that_of_the_cpu(product):
+    """Of a whole verification: the samples, the curve over radii, the checks of the evaluation."""
+    assert product["report"]["loopback"] == product["report"]["cpu"]
+    assert len(product["report"]["cpu"]["validity"]) > 10
+    assert product["report"]["cpu"]["status"] == "verified"
 
 
 # The part of the script: the checker ------------------------------------------------------------
@@ -311,6 +350,8 @@ def examine_product(loopback):
         "moved": {name: difference(cpu.tensors[name][0], batch_x) for name in ATTACKS},
         "validation": {"cpu": cpu.validation, "loopback": device.validation},
         "verification": {"cpu": cpu.verification, "loopback": device.verification},
+        "num_fooled": {name: int(cpu.tensors[f"{name} found"][1].sum()) for name in SEARCHES},
+        "report": verify_a_run(loopback.DEVICE),
     }
 
 
@@ -387,6 +428,7 @@ def do_everything(run, trained):
         run.keep("batches", batch.x_NCHW, batch.y_N, batch.index_N, batch.keys_N)
     do_streaming(run, data)
     do_attacks(run, trained, batches[0])
+    do_searches(run, trained, batches[0])
     for method in METHODS:
         teachers = make_teachers(trained, run.performance)
         training = make_training(run, make_recipe(method), data, teachers=teachers, network=trained)
@@ -430,6 +472,40 @@ def do_attacks(run, trained, batch):
             view = student.evaluation_view()
             x_adv = attack(view, batch.x_NCHW, batch.y_N, keys_N=batch.keys_N)
         run.keep(name, x_adv)
+
+
+def make_searches(threat, *, num_steps):
+    """Those of the cascade, but for their length."""
+    stages = build_stages(tuple(SEARCHES), threat=threat, mode="fast", batch_size=9 * BATCH_SIZE)
+    searches = {stage.name: stage.search for stage in stages}
+    for name in ("apgd_t", "fab_t"):
+        attack = replace(searches[name].attack, num_steps=num_steps)
+        searches[name] = replace(searches[name], attack=attack)
+    for name in ("apgd_ce", "apgd_dlr"):
+        searches[name] = replace(searches[name], num_steps=num_steps)
+    return searches | {"square": replace(searches["square"], num_queries=num_steps)}
+
+
+def do_searches(run, trained, batch):
+    """At a radius at which some images fall; and at one at which none does, so that all stay."""
+    network = run.performance.place_network(copy.deepcopy(trained)).eval()
+    view = EvaluationView(network, run.performance)
+
+    def search(one, y_N):
+        draws = KeyedDraws(keys_N=batch.keys_N)
+        return one.search(view, batch.x_NCHW, y_N, draws=draws, judge=by_logits)
+
+    for name, one in make_searches(ThreatModel(epsilon_pixels=16 / 255), num_steps=5).items():
+        found = search(one, batch.y_N)
+        costs = (found.num_forwards_N, found.num_backwards_N)
+        run.keep(f"{name} found", found.x_adv_NCHW, found.is_fooled_N.int(), *costs)
+    with torch.no_grad():
+        answered_N = view(batch.x_NCHW).argmax(dim=1)
+    for num_steps in (5, 10):
+        nothing = ThreatModel(epsilon_pixels=1e-9)
+        for name, one in make_searches(nothing, num_steps=num_steps).items():
+            with run.noted(f"{name} {num_steps}"):
+                search(one, answered_N)
 
 
 def make_training(run, recipe, data, *, teachers, network):
@@ -489,19 +565,43 @@ def do_measuring(run, trained, data):
         device=run.performance.device,
         num_images=NUM_TEST_IMAGES,
     )
-    with run.noted("verification"):
-        result = verify_network(
-            network,
-            evaluation_attacks(recipe.threat.build()),
-            test,
-            performance=run.performance,
-            batch_size=TEST_BATCH_SIZE,
-        )
+    stages = build_stages(
+        EVALUATION_ATTACKS, threat=recipe.threat.build(), mode="fast", batch_size=TEST_BATCH_SIZE
+    )
+    plan = VerificationPlan(stages=stages, batch_size=TEST_BATCH_SIZE)
+    with run.noted("verification"), evaluation_mode(network):
+        subject = network_subject(network, run.performance)
+        *_, found = attack_chunks(subject, test, plan, journal=Journal.in_memory())
     run.verification = {
-        "clean": result.clean.num_correct,
-        **{name: attack.accuracy.num_correct for name, attack in result.attacks.items()},
-        "worst_case": result.worst_case.num_correct,
+        "samples": [asdict(sample) for sample in found.samples],
+        "num_shown": len(found.gallery),
     }
+
+
+def verify_a_run(loopback_device):
+    """What is reported of one run on either device, but for costs and times."""
+    recipe = make_recipe("cross_entropy")
+    settings = PerformanceSettings(device="cpu", training_dtype="float32", num_threads=1)
+    reports = {}
+    with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("compressor.verification_workflow.cost_rows", lambda *_: ())
+        patch.setattr("compressor.epsilon_curve.NUM_STEPS", 5)
+        run = train(recipe, TrainingRequest(out=Path(folder) / "run", settings=settings))
+        for name, device in (("cpu", torch.device("cpu")), ("loopback", loopback_device)):
+            performance = Performance(device=device)
+            place = "compressor.verification_request.resolve_performance"
+            patch.setattr(place, lambda _, performance=performance: performance)
+            request = VerificationRequest(
+                target=str(run.path),
+                settings=settings,
+                attacks=EVALUATION_ATTACKS,
+                num_images=TEST_BATCH_SIZE,
+                batch_size=10,
+            )
+            report, _ = verify(request)
+            kept = {"status", "samples", "curve", "validity", "eight_bit"}
+            reports[name] = report.model_dump(mode="json", include=kept)
+    return reports
 
 
 if __name__ == "__main__":

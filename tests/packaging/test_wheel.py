@@ -123,11 +123,12 @@ def test_wheel_has_every_module_and_no_other(wheel):
     assert {name for name in names_in(wheel) if name.endswith(".py")} == modules
 
 
-def test_wheel_has_the_digits_their_licence_and_the_types(wheel):
+def test_wheel_has_the_digits_their_licence_the_page_and_the_types(wheel):
     names = names_in(wheel)
     data = {name for name in names if not name.endswith(".py") and ".dist-info/" not in name}
     typed = {f"{package}/py.typed" for package in ("compressor", "cli", "exporters")}
-    assert data == {"compressor/digits.npz", "compressor/digits.LICENSE.md"} | typed
+    page, digits = "compressor/report.html.j2", "compressor/digits.npz"
+    assert data == {page, digits, "compressor/digits.LICENSE.md"} | typed
     licences = {name.rpartition("/")[2] for name in names if "/licenses/" in name}
     assert licences == {"LICENSE", "digits.LICENSE.md"}
 
@@ -178,12 +179,12 @@ def test_installed_wheel_distils_from_another_directory(installed, elsewhere):
     assert "recipe.toml is well formed" in said
     train = ("teacher", "train", "plain.toml", "--out", "taught", *quick)
     run("cli.main", *train, cwd=elsewhere, path=installed)
-    short = ("--accept-teachers", "--no-verify", "--no-export")
+    short = ("--accept-teachers", "--no-export")
     distil = ("distill", "recipe.toml", "--out", "student", *quick, *short)
     said = run("cli.main", *distil, cwd=elsewhere, path=installed)
     assert "Next: robust-compress verify student" in said
     made = {path.name for path in (elsewhere / "student").iterdir()}
-    assert {"model.safetensors", "metrics.jsonl", "curves.png"} <= made
+    assert {"model.safetensors", "metrics.jsonl", "curves.png", "report-papers.html"} <= made
 
 
 FOREIGN_MARKERS = {

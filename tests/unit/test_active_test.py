@@ -90,7 +90,7 @@ def test_plant_answers_images_in_any_order(features, x):
 
 
 @every_threat
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_active_test_passes_good_attacks(threat, seed, make_tiny, make_images):
     x, _ = make_images(24, seed=seed)
     features = penultimate_features(make_tiny(seed=seed, width=1.0).eval(), x)

@@ -7,6 +7,7 @@ import shlex
 import shutil
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,8 @@ from compressor.recipe_file import parse_recipe
 from compressor.report import ValidityRow, read_report
 from compressor.training_workflow import TrainingRequest, train
 from compressor.verification_progress import StageProgress, VerificationProgress
+from compressor.verification_request import VerificationRequest
+from compressor.verification_workflow import verify
 from exporters.workflow import export_run
 
 SETTINGS = PerformanceSettings(device="cpu", training_dtype="float32", num_threads=1)
@@ -55,6 +58,10 @@ def materials(tmp_path_factory):
     recipe = parse_recipe(TABLE, origin="test")
     run = train(recipe, TrainingRequest(out=folder / "run", settings=SETTINGS))
     export_run(run, settings=SETTINGS)
+    request = VerificationRequest(
+        target=str(run.path), settings=SETTINGS, folder=folder / "expected"
+    )
+    verify(replace(request, attacks=("fgsm", "cw_inf"), num_images=30))
     return folder
 
 
@@ -299,12 +306,10 @@ TARGETS = {
 
 
 @pytest.mark.parametrize(("arguments", "out", "kind"), TARGETS.values(), ids=TARGETS)
-def test_every_kind_of_target(folder, capsys, arguments, out, kind):
-    """All are the same function, so they answer and fall alike."""
-    epsilon = "--epsilon 48/255"
-    assert call(f"verify run {QUICK} --attacks fgsm,cw_inf") == 0
-    assert call(f"verify {arguments} {QUICK} --attacks fgsm,cw_inf {epsilon}") == 0
-    of_run = read_report(Path("run/report-30-fgsm-cw_inf.json"))
+def test_every_kind_of_target(materials, folder, capsys, arguments, out, kind):
+    """All are the same function as the run, so they answer and fall alike."""
+    assert call(f"verify {arguments} {QUICK} --attacks fgsm,cw_inf --epsilon 48/255") == 0
+    of_run = read_report(materials / "expected/report-30-fgsm-cw_inf.json")
     (path,) = Path(out).glob("report*.json")
     report = read_report(path)
     assert report.target.kind == kind
