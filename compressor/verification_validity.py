@@ -61,11 +61,17 @@ def check_verification(
     rows = check_validity(claim)
     if prepared.model.onnx is not None:
         of_file = output_checks(subject.answer, batch.x_NCHW, threat=prepared.threat)
-        rows = (*of_file, *rows[len(of_file) :])
+        rows = (*map(_worse, of_file, rows), *rows[len(of_file) :])
     if is_whole:
         return rows
     unasked = {check.name: check for check in (*ATTACK_CHECKS, ACTIVE_TEST)}
     return tuple(unasked[r.name].not_run(_NOT_RUN) if r.name in unasked else r for r in rows)
+
+
+def _worse(of_file: ValidityRow, of_source: ValidityRow) -> ValidityRow:
+    """The file's answer, unless only the source raises an alarm."""
+    is_alarm_of_source = of_source.status == "alarm" and of_file.status != "alarm"
+    return of_source if is_alarm_of_source else of_file
 
 
 def _broken(

@@ -41,6 +41,23 @@ ATTACK_NAMES = (*PAPER_ATTACKS, "transfer", "apgd_ce", "apgd_dlr", "apgd_t", "fa
 """All attacks, in the order in which they run: what breaks samples soonest comes first."""
 
 
+_NUMBERS: Mapping[str, int] = MappingProxyType(
+    {
+        "fgsm": 0,
+        "pgd_sat": 1,
+        "pgd_trades": 2,
+        "cw_inf": 3,
+        "apgd_ce": 4,
+        "apgd_dlr": 5,
+        "apgd_t": 6,
+        "fab_t": 7,
+        "square": 8,
+        "transfer": 9,
+    }
+)
+"""Of the random numbers of each attack; another attack must not change those of the others."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Stage:
     """One attack of the cascade."""
@@ -61,7 +78,7 @@ class Stage:
     def draws(self, x_NCHW: Tensor, *, keys_N: Tensor, seed: int) -> Draws:
         """Random numbers of this attack for these samples: each sample's own."""
         del x_NCHW, seed
-        return KeyedDraws(keys_N=child_keys(keys_N, ATTACK_NAMES.index(self.name)))
+        return KeyedDraws(keys_N=child_keys(keys_N, _NUMBERS[self.name]))
 
 
 @dataclass(frozen=True, kw_only=True)

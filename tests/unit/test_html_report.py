@@ -412,7 +412,7 @@ HOSTILE = [
 def poisoned(value, poison):
     """Every free text of a report with `poison` before it."""
     if isinstance(value, dict):
-        fixed = ("status", "kind", "role", "norm")
+        fixed = ("status", "kind", "role", "norm", "looks")
         return {key: v if key in fixed else poisoned(v, poison) for key, v in value.items()}
     if isinstance(value, list):
         return [poisoned(item, poison) for item in value]

@@ -26,8 +26,10 @@ LINF = THREATS[0]
 MODES = ("fast", "compat")
 
 
-def build(mode="fast", *, names=ATTACK_NAMES, threat=LINF):
-    return {s.name: s for s in build_stages(names, threat=threat, mode=mode, batch_size=64)}
+def build(mode="fast", *, names=ATTACK_NAMES, threat=LINF, num_sources=2):
+    sources = [torch.nn.Flatten() for _ in range(num_sources)]
+    stages = build_stages(names, threat=threat, mode=mode, batch_size=64, sources=sources)
+    return {stage.name: stage for stage in stages}
 
 
 # Names
@@ -62,11 +64,10 @@ def test_names_that_mean_nothing_are_refused(names):
         (AUTOATTACK, "compat", "AutoAttack (compat)"),
         (AUTOATTACK[:3], "fast", "worst of apgd_ce, apgd_t, fab_t"),
         (PAPER_ATTACKS, "fast", "worst of fgsm, pgd_sat, pgd_trades, cw_inf"),
-        ((*PAPER_ATTACKS, *AUTOATTACK[1:]), "compat", "worst of " + ", ".join(ATTACK_NAMES)),
+        ((*AUTOATTACK[1:], "transfer"), "compat", "worst of apgd_t, fab_t, square, transfer"),
     ],
 )
 def test_only_all_four_attacks_may_be_called_autoattack(names, mode, protocol):
-    protocol = protocol.replace("apgd_ce, apgd_dlr, ", "") if len(names) == 7 else protocol
     assert protocol_of(names, mode) == protocol
 
 
@@ -106,6 +107,20 @@ def test_parameters_in_the_report_are_those_of_the_search(mode):
     assert square.num_queries == 5000
 
 
+@pytest.mark.parametrize("num_sources", [1, 3])
+def test_transfer_says_from_how_many_models(num_sources):
+    (stage,) = build(names=("transfer",), num_sources=num_sources).values()
+    assert len(stage.search.sources) == num_sources
+    steps = stage.search.attack.num_steps
+    assert stage.parameters == {"num_steps": steps, "num_sources": num_sources}
+
+
+def test_transfer_needs_a_model_to_transfer_from():
+    with pytest.raises(UsageError, match="there is nothing to transfer from"):
+        build(names=("fgsm", "transfer"), num_sources=0)
+    assert list(build(names=("fgsm",), num_sources=0)) == ["fgsm"]
+
+
 def test_papers_attack_as_the_papers_do():
     stages = build(names=PAPER_ATTACKS)
     steps = {
@@ -119,8 +134,8 @@ def test_papers_attack_as_the_papers_do():
 @pytest.mark.parametrize("mode", MODES)
 def test_kinds_and_who_tries_all(mode):
     stages = build(mode)
-    assert {name for name, s in stages.items() if s.kind != "white-box"} == {"square"}
-    assert stages["square"].kind == "black-box"
+    others = {name: s.kind for name, s in stages.items() if s.kind != "white-box"}
+    assert others == {"square": "black-box", "transfer": "transfer"}
     assert {name for name, s in stages.items() if s.tries_all} == set(PAPER_ATTACKS)
 
 
@@ -129,6 +144,7 @@ def test_an_image_stands_only_after_attacks_in_float32():
     forms = {name: stage.runs_on for name, stage in build().items()}
     assert {forms[name] for name in (*PAPER_ATTACKS, "apgd_t")} == {"float32"}
     assert {forms[name] for name in ("fab_t", "square")} == {"by_margin"}
+    assert forms["transfer"] == "answer"
 
 
 def test_compat_attacks_what_answers():
@@ -171,6 +187,31 @@ def test_compat_draws_as_the_released_code(batch):
         numbers = stage.draws(x_NCHW, keys_N=keys_N, seed=7).uniform((2,))
         assert torch.equal(numbers, seeded_draws(7, x_NCHW).uniform((2,))), name
         assert not torch.equal(numbers, seeded_draws(8, x_NCHW).uniform((2,)))
+
+
+# Images of other models
+
+
+def test_transfer_is_decided_on_the_model_itself(tiny_network, make_tiny, batch):
+    """What fools a source is nothing by itself; another source is tried where the first fails."""
+    x_NCHW, _, keys_N = batch
+    sources = [make_tiny(seed=seed).eval() for seed in (5, 0)]
+    threat = ThreatModel(epsilon_pixels=64 / 255)
+    (stage,) = build_stages(
+        ("transfer",), threat=threat, mode="fast", batch_size=8, sources=sources
+    )
+    draws = stage.draws(x_NCHW, keys_N=keys_N, seed=0)
+    y_N = tiny_network.eval()(x_NCHW).argmax(dim=1)
+
+    def right(images_NCHW):
+        nearest = torch.cdist(images_NCHW.flatten(1), x_NCHW.flatten(1)).argmin(dim=1)
+        return torch.nn.functional.one_hot(y_N[nearest], 4).float()
+
+    assert not stage.search.search(right, x_NCHW, y_N, draws=draws).is_fooled_N.any()
+    found = stage.search.search(tiny_network, x_NCHW, y_N, draws=draws)
+    assert found.is_fooled_N.sum() > 4  # the second source is the model itself
+    assert torch.equal(found.is_fooled_N, tiny_network(found.x_adv_NCHW).argmax(dim=1) != y_N)
+    assert threat.contains(found.x_adv_NCHW, x_NCHW).all()
 
 
 # Attacks of fixed length as searches

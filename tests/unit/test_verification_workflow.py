@@ -525,9 +525,9 @@ class Cheat:
 def test_an_attack_that_leaves_its_threat_model_leaves_no_number(run, tmp_path, monkeypatch):
     from compressor.verification_request import build_stages
 
-    def build(names, *, threat, mode, batch_size):
-        first, *others = build_stages(names, threat=threat, mode=mode, batch_size=batch_size)
-        return (first, *(replace(stage, search=Cheat(threat)) for stage in others[:1]))
+    def build(names, *, threat, **options):
+        first, second, *_ = build_stages(names, threat=threat, **options)
+        return first, replace(second, search=Cheat(threat))
 
     monkeypatch.setattr("compressor.verification_request.build_stages", build)
     with pytest.raises(InvalidEvaluationError, match="pgd_sat left its threat model"):

@@ -143,9 +143,11 @@ def pages(tmp_path_factory, make_report):
         p_value=None,
         advice="a very long advice " * 20,
     )
+    changes = {"invalid": {"validity": (alarm,)}, "unverified": {"worst_case": None}}
     for status in STATUSES:
-        changes = {"validity": (alarm,)} if status == "invalid" else {}
-        report = make_report(status=status, name="a_long_name_without_spaces_" * 6, **changes)
+        report = make_report(
+            status=status, name="a_long_name_without_spaces_" * 6, **changes.get(status, {})
+        )
         write_html(folder / f"{status}.html", report, gallery=[image], curves=lines)
     return folder
 
