@@ -127,7 +127,11 @@ def alarm(patch):
 
 def interruption(patch):
     def interrupt(*_, **__):
-        signal.raise_signal(signal.SIGINT)
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be ignored
+        try:
+            signal.raise_signal(signal.SIGINT)
+        finally:
+            signal.signal(signal.SIGINT, before)
 
     patch.setattr("compressor.verification.run_stage", interrupt)
 

@@ -160,6 +160,7 @@ def kill_again_and_again(out):
 
 
 def script():
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which shells ignore in background
     assert exit_code(start("undisturbed")) == 0
     lines = kill_again_and_again("killed")
     assert exit_code(start("killed")) == 0
