@@ -50,11 +50,7 @@ def judge(
     Raises:
         PolicyError: if the policy limits a drop and there is no baseline.
     """
-    if policy.baseline.max_drop is not None and baseline is None:
-        raise PolicyError(
-            "baseline.max_drop needs a report of the model that ships now: set baseline.report in "
-            "the policy, or give --baseline REPORT"
-        )
+    require_baseline(policy, baseline)
     bound = _bound_for(report)
     checks = tuple(check_report(report, policy, baseline))
     bars = [check for check in checks if check.status in {"invalid", "unverified"}]
@@ -107,6 +103,19 @@ def decide_live(
     elif may_change:
         verdict = "undecided"
     return Decision(verdict=verdict, reason=result.reason, judged=decision.judged)
+
+
+def require_baseline(policy: GatePolicy, baseline: RobustnessReport | None) -> None:
+    """A drop is from something.
+
+    Raises:
+        PolicyError: if the policy limits a drop and there is no baseline.
+    """
+    if policy.baseline.max_drop is not None and baseline is None:
+        raise PolicyError(
+            "baseline.max_drop needs a report of the model that ships now: set baseline.report in "
+            "the policy, or give --baseline REPORT"
+        )
 
 
 def _bound_for(report: RobustnessReport) -> LowerBound:

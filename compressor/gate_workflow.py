@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from compressor.attacks.stages import AUTOATTACK
 from compressor.errors import BudgetSpentError
-from compressor.gate import decide_live, judge_live
+from compressor.gate import decide_live, judge_live, require_baseline
 from compressor.gate_input import read_baseline
 from compressor.gate_policy import GatePolicy
 from compressor.gate_result import GateResult
@@ -53,6 +53,7 @@ def gate_live(
         RobustCompressError: if the run, the data or the baseline cannot be used.
     """
     baseline = read_baseline(policy)
+    require_baseline(policy, baseline)
     threat = policy.threat
     request = VerificationRequest(
         target=str(run.path),
