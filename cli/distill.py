@@ -119,7 +119,7 @@ def _finish(
     from cli.verify import run_verify
     from compressor.attacks.stages import PAPER_ATTACKS
     from compressor.run_directory import RunDirectory
-    from compressor.verification_request import VerificationRequest
+    from compressor.verification.request import VerificationRequest
 
     run = RunDirectory.open(run_path)
     result: dict[str, object] = {"run": str(run.path), "model": str(run.model)}

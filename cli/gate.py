@@ -11,8 +11,8 @@ from cli.output import Output
 from compressor.errors import InterruptedRunError, UsageError
 
 if TYPE_CHECKING:
-    from compressor.gate_policy import GatePolicy
-    from compressor.gate_result import GateResult
+    from compressor.gate.policy import GatePolicy
+    from compressor.gate.result import GateResult
 
 
 def gate(
@@ -102,7 +102,7 @@ def gate(
 
 
 def _policy(path: Path, *, baseline: Path | None, inconclusive: str | None) -> "GatePolicy":
-    from compressor.gate_policy import load_policy, with_baseline
+    from compressor.gate.policy import load_policy, with_baseline
 
     policy = load_policy(path)
     if baseline is not None:
@@ -115,8 +115,8 @@ def _policy(path: Path, *, baseline: Path | None, inconclusive: str | None) -> "
 
 
 def _judge(target: Path, policy: "GatePolicy") -> "GateResult":
-    from compressor.gate import judge
-    from compressor.gate_input import read_baseline, read_gated_report
+    from compressor.gate.gate import judge
+    from compressor.gate.input import read_baseline, read_gated_report
 
     return judge(read_gated_report(target), policy, baseline=read_baseline(policy))
 
@@ -159,8 +159,8 @@ def _plan(
     target: Path | None, policy: "GatePolicy", *, assumed_accuracy: float, output: Output
 ) -> None:
     from cli.gate_display import print_plan
-    from compressor.gate_input import read_gated_report
-    from compressor.gate_plan import image_cost, plan_rules
+    from compressor.gate.input import read_gated_report
+    from compressor.gate.plan import image_cost, plan_rules
 
     report = None if target is None else read_gated_report(target)
     plans = plan_rules(policy, report=report, assumed_accuracy=assumed_accuracy)
@@ -187,7 +187,7 @@ def _write(
         write_json_atomically(out, result.model_dump(mode="json", by_alias=True))
     if junit is None and sarif is None and summary is None:
         return
-    from compressor.gate_outputs import to_junit, to_sarif, to_summary
+    from compressor.gate.outputs import to_junit, to_sarif, to_summary
 
     if junit is not None:
         write_text_atomically(junit, to_junit(result))

@@ -10,9 +10,9 @@ from rich.markup import escape
 from cli.output import Output
 
 if TYPE_CHECKING:
-    from compressor.gate_plan import ImageCost, RulePlan
-    from compressor.gate_result import GateResult
-    from compressor.paired import Comparison
+    from compressor.gate.paired import Comparison
+    from compressor.gate.plan import ImageCost, RulePlan
+    from compressor.gate.result import GateResult
 
 _MAX_LISTED = 10  # newly broken images
 _STYLES = {"pass": "bold green", "fail": "bold red"}
@@ -91,7 +91,7 @@ def _print_reasons(result: "GateResult", output: Output) -> None:
 
 
 def _print_comparison(comparison: "Comparison", output: Output) -> None:
-    from compressor.paired import describe_comparison
+    from compressor.gate.paired import describe_comparison
 
     output.title(f"Against {comparison.baseline_name}")
     output.say(describe_comparison(comparison))

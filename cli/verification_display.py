@@ -15,7 +15,7 @@ from rich.text import Text
 from cli.output import Output
 
 if TYPE_CHECKING:
-    from compressor.verification_progress import StageProgress, VerificationProgress
+    from compressor.verification.progress import StageProgress, VerificationProgress
 
 _PLAIN_LINE_EVERY_SECONDS = 30.0
 

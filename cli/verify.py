@@ -11,9 +11,9 @@ from cli.output import Output
 from compressor.errors import ExitCode, InterruptedRunError, UsageError
 
 if TYPE_CHECKING:
-    from compressor.report import RobustnessReport
-    from compressor.report_files import ReportFiles
-    from compressor.verification_request import VerificationRequest
+    from compressor.reports.files import ReportFiles
+    from compressor.reports.report import RobustnessReport
+    from compressor.verification.request import VerificationRequest
 
 EXIT_CODES = {
     "verified": ExitCode.DONE,
@@ -78,7 +78,7 @@ def verify(
     `robust-compress verify runs/mine/exports/model.fp32.onnx --source runs/mine`
     """
     from cli.training import performance_settings
-    from compressor.verification_request import VerificationRequest
+    from compressor.verification.request import VerificationRequest
 
     output = Output(as_json=as_json)
     request = VerificationRequest(
@@ -160,7 +160,7 @@ def _next(report: "RobustnessReport", files: "ReportFiles", request: "Verificati
 
 
 def _print_report(report: "RobustnessReport", output: Output) -> None:
-    from compressor.report import percent, w_robust_fraction
+    from compressor.reports.report import percent, w_robust_fraction
     from compressor.threat import ThreatModel
 
     threat = ThreatModel(norm=report.norm, epsilon_pixels=report.epsilon_pixels)
@@ -187,7 +187,7 @@ def _print_report(report: "RobustnessReport", output: Output) -> None:
 
 
 def _count_cells(count: Any) -> tuple[str, str]:  # noqa: ANN401 (a Count; imported late)
-    from compressor.report import percent
+    from compressor.reports.report import percent
 
     return percent(count), f"{100 * count.low_95:.1f} to {100 * count.high_95:.1f}"
 

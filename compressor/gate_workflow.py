@@ -5,17 +5,17 @@ from dataclasses import replace
 
 from compressor.attacks.stages import AUTOATTACK
 from compressor.errors import BudgetSpentError
-from compressor.gate import decide_live, judge_live, require_baseline
-from compressor.gate_input import read_baseline
-from compressor.gate_policy import GatePolicy
-from compressor.gate_result import GateResult
+from compressor.gate.gate import decide_live, judge_live, require_baseline
+from compressor.gate.input import read_baseline
+from compressor.gate.policy import GatePolicy
+from compressor.gate.result import GateResult
 from compressor.performance_settings import PerformanceSettings
-from compressor.report_files import ReportFiles
+from compressor.reports.files import ReportFiles
 from compressor.run_directory import RunDirectory
-from compressor.verification import Verification, attack_chunks
-from compressor.verification_progress import VerificationProgress
-from compressor.verification_report import cost_rows
-from compressor.verification_request import VerificationRequest, prepare
+from compressor.verification.progress import VerificationProgress
+from compressor.verification.request import VerificationRequest, prepare
+from compressor.verification.rows import cost_rows
+from compressor.verification.verification import Verification, attack_chunks
 from compressor.verification_workflow import Evidence, conclude, describe
 
 CHUNK_SIZE = 50

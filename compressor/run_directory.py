@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from compressor.errors import RunError
-from compressor.report_files import ReportFiles
+from compressor.reports.files import ReportFiles
 
 _CHECKPOINT_PREFIX = "step-"
 

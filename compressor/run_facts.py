@@ -11,7 +11,7 @@ from compressor.methods.build import resolve_temperature_rate
 from compressor.performance_settings import PerformanceSettings
 from compressor.recipe import BMTARDRecipe, Recipe
 from compressor.recipe_file import load_recipe
-from compressor.report import Count
+from compressor.reports.report import Count
 from compressor.run_directory import RunDirectory, read_facts, read_json
 from compressor.schedules import num_steps_of
 from compressor.teacher_check import TeacherCheck

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from compressor.attacks.stages import protocol_of
-from compressor.cascade import Subject
 from compressor.environment import describe_environment
-from compressor.epsilon_curve import accuracy_curve
 from compressor.errors import BudgetSpentError
-from compressor.html_report import write_html
 from compressor.metrics import read_metrics
-from compressor.report import (
+from compressor.reports.files import ReportFiles
+from compressor.reports.html import write_html
+from compressor.reports.markdown import to_markdown
+from compressor.reports.report import (
     CostRow,
     CurvePoint,
     RobustnessReport,
@@ -21,22 +21,22 @@ from compressor.report import (
     ValidityRow,
     write_report,
 )
-from compressor.report_files import ReportFiles
-from compressor.report_markdown import to_markdown
 from compressor.run_directory import write_text_atomically
-from compressor.samples import to_table, write_csv
-from compressor.verification import Verification, attack_chunks
-from compressor.verification_gallery import choose_gallery, first_images
-from compressor.verification_progress import VerificationProgress
-from compressor.verification_report import (
+from compressor.verification.cascade import Subject
+from compressor.verification.doubt import check_verification
+from compressor.verification.epsilon_curve import accuracy_curve
+from compressor.verification.gallery import choose_gallery, first_images
+from compressor.verification.progress import VerificationProgress
+from compressor.verification.request import Prepared, VerificationRequest, prepare
+from compressor.verification.rows import (
     attack_rows,
     cost_rows,
     count_standing,
     eight_bit_facts,
     training_facts,
 )
-from compressor.verification_request import Prepared, VerificationRequest, prepare
-from compressor.verification_validity import check_verification
+from compressor.verification.samples import to_table, write_csv
+from compressor.verification.verification import Verification, attack_chunks
 
 NUM_CURVE_IMAGES = 200
 

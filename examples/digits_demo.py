@@ -21,18 +21,18 @@ from cli.verify import print_cost, run_verify
 from compressor.attacks.stages import PAPER_ATTACKS
 from compressor.environment import describe_environment
 from compressor.errors import ExitCode
-from compressor.gate import judge
-from compressor.gate_policy import load_policy
+from compressor.gate.gate import judge
+from compressor.gate.policy import load_policy
 from compressor.performance import resolve_performance
 from compressor.performance_settings import PerformanceSettings
 from compressor.recipe import Recipe
 from compressor.recipe_file import parse_recipe
-from compressor.report import Count, RobustnessReport, percent
-from compressor.report_markdown import cost_table, markdown_table
+from compressor.reports.markdown import cost_table, markdown_table
+from compressor.reports.report import Count, RobustnessReport, percent
 from compressor.run_directory import RunDirectory, write_text_atomically
 from compressor.threat import format_pixels
 from compressor.training_workflow import TrainingRequest, train
-from compressor.verification_request import VerificationRequest
+from compressor.verification.request import VerificationRequest
 from compressor.verification_workflow import verify
 from exporters.exported_model import ExportedModel
 from exporters.workflow import export_run

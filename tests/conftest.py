@@ -6,7 +6,7 @@ from hypothesis import settings
 
 from compressor.architectures.tiny import build_tiny
 from compressor.proportions import Proportion
-from compressor.report import (
+from compressor.reports.report import (
     AttackRow,
     CostRow,
     Count,

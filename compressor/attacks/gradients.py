@@ -23,7 +23,7 @@ def evaluate(model: Model, x_NCHW: Tensor, targets: Tensor, *, objective: Object
     """Logits, objective and input gradient. Those of parameters are neither computed nor touched.
 
     A model whose output does not depend on its input in a differentiable way has gradient 0; that
-    this says nothing about its robustness is for `compressor.validity` to find out.
+    this says nothing about its robustness is for `compressor.validity.validity` to find out.
     """
     with torch.enable_grad():
         x = x_NCHW.detach().requires_grad_(True)  # noqa: FBT003 (torch's signature)

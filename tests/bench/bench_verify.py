@@ -19,19 +19,19 @@ import torch
 from torch import Tensor, nn
 
 from compressor.attacks.stages import AUTOATTACK, Mode, build_stages
-from compressor.cascade import Subject
 from compressor.data import Batch, TestSplit, evaluation_batches, load_test_split
 from compressor.environment import describe_environment
-from compressor.journal import Journal
 from compressor.networks import evaluation_mode
 from compressor.performance import Performance, resolve_performance
 from compressor.performance_settings import PerformanceSettings
 from compressor.recipe import DataRecipe, TeacherRecipe
-from compressor.report_markdown import markdown_table
+from compressor.reports.markdown import markdown_table
 from compressor.run_directory import write_json_atomically, write_text_atomically
 from compressor.teachers import load_model
 from compressor.threat import ThreatModel
-from compressor.verification import (
+from compressor.verification.cascade import Subject
+from compressor.verification.journal import Journal
+from compressor.verification.verification import (
     VerificationPlan,
     attack_chunks,
     network_subject,

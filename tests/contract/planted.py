@@ -9,7 +9,6 @@ from functools import partial
 import torch
 from torch import nn
 
-from compressor import cascade, verification, verification_report
 from compressor.attacks import apgd, search, stages
 from compressor.attacks.apgd import APGD
 from compressor.attacks.fab import FAB
@@ -17,10 +16,12 @@ from compressor.attacks.search import Tally, by_logits
 from compressor.attacks.square import Square
 from compressor.attacks.targeted import Targeted
 from compressor.proportions import Proportion
-from compressor.report import Count
-from compressor.samples import Sample
+from compressor.reports.report import Count
 from compressor.threat import ThreatModel
-from compressor.verification import Verification
+from compressor.verification import cascade, verification
+from compressor.verification import rows as report_rows
+from compressor.verification.samples import Sample
+from compressor.verification.verification import Verification
 from tests.contract import test_conformance_oracles as oracles
 from tests.contract import test_conformance_verdict as verdict
 
@@ -235,7 +236,7 @@ def counted_over(count):
             num_correct, num_total = count(samples, set(after))
             return Count.of(Proportion(num_correct=num_correct, num_total=num_total))
 
-        patch.setattr(verification_report, "count_standing", count_standing)
+        patch.setattr(report_rows, "count_standing", count_standing)
 
     return plant
 

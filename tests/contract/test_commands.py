@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 import cli.main
 from compressor.errors import ExitCode, RobustCompressError
-from compressor.report import read_report, write_report
+from compressor.reports.report import read_report, write_report
 from compressor.run_directory import RunDirectory
 
 PLAIN = """

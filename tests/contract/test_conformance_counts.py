@@ -9,8 +9,8 @@ import torch
 
 from compressor.attacks.search import by_logits
 from compressor.attacks.stages import AUTOATTACK, build_stages
-from compressor.cascade import Subject
 from compressor.threat import ThreatModel
+from compressor.verification.cascade import Subject
 from tests.contract.test_conformance_oracles import both_modes, evaluate, split_of, stages_of
 
 EPSILON_PIXELS = {"linf": 8 / 255, "l2": 0.5}

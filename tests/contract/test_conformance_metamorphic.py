@@ -16,7 +16,7 @@ from torch.testing import assert_close
 from compressor.attacks.draws import KeyedDraws
 from compressor.attacks.search import by_logits
 from compressor.attacks.stages import AUTOATTACK, build_stages
-from compressor.cascade import Subject
+from compressor.verification.cascade import Subject
 from tests.contract.test_conformance_oracles import evaluate, stages_of
 
 GOLDEN = Path(__file__).parents[1] / "golden"

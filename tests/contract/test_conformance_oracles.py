@@ -16,10 +16,10 @@ from compressor.attacks.square import Square
 from compressor.attacks.stages import AUTOATTACK, build_stages
 from compressor.data import TestSplit
 from compressor.image_storage import ResidentImages
-from compressor.journal import Journal
 from compressor.performance import Performance
 from compressor.threat import ThreatModel
-from compressor.verification import VerificationPlan, attack_chunks, network_subject
+from compressor.verification.journal import Journal
+from compressor.verification.verification import VerificationPlan, attack_chunks, network_subject
 
 CPU = Performance(device=torch.device("cpu"))
 EPSILON_PIXELS = {"linf": 2 / 255, "l2": 0.1}

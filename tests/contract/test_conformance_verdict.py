@@ -13,19 +13,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from compressor import verification_report
-from compressor.active_test import penultimate_features
 from compressor.attacks.search import by_logits
 from compressor.attacks.stages import AUTOATTACK
-from compressor.cascade import Subject
-from compressor.claim import Claim
 from compressor.data import evaluation_batches
-from compressor.journal import Journal
-from compressor.report import TestFacts
-from compressor.samples import to_table
+from compressor.reports.report import TestFacts
 from compressor.threat import ThreatModel
-from compressor.validity import check_validity
-from compressor.verification import VerificationPlan, attack_chunks
+from compressor.validity.active_test import penultimate_features
+from compressor.validity.claim import Claim
+from compressor.validity.validity import check_validity
+from compressor.verification import rows as report_rows
+from compressor.verification.cascade import Subject
+from compressor.verification.journal import Journal
+from compressor.verification.samples import to_table
+from compressor.verification.verification import VerificationPlan, attack_chunks
 from tests.contract.test_conformance_oracles import (
     both_modes,
     evaluate,
@@ -174,10 +174,10 @@ def check_report(make_report, *, num_chunks=2):
             index_sha256="f" * 64,
             num_planned=found.num_planned,
         ),
-        clean=verification_report.count_standing(found.samples, after=()),
-        attacks=verification_report.attack_rows(found, stages),
-        worst_case=verification_report.count_standing(found.samples, after=names),
-        eight_bit=verification_report.eight_bit_facts(found.samples),
+        clean=report_rows.count_standing(found.samples, after=()),
+        attacks=report_rows.attack_rows(found, stages),
+        worst_case=report_rows.count_standing(found.samples, after=names),
+        eight_bit=report_rows.eight_bit_facts(found.samples),
         curve=(),
         samples=to_table(found.samples),
     )

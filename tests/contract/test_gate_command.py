@@ -13,7 +13,7 @@ import pytest
 
 import cli.main
 from compressor.errors import ExitCode
-from compressor.report import ValidityRow, write_report
+from compressor.reports.report import ValidityRow, write_report
 
 POLICY = """
 schema = 1

@@ -1,6 +1,6 @@
 """Bugs that flatter, planted one at a time: each is caught, and the row says by which net.
 
-A net is a check of the conformance suite or of `compressor.validity`, or a refusal of the
+A net is a check of the conformance suite or of `compressor.validity.validity`, or a refusal of the
 evaluation or of the report. Without the bug the same net lets the evaluation pass.
 """
 

@@ -12,21 +12,21 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from compressor.active_test import ACTIVE_TEST, penultimate_features
 from compressor.architectures.tiny import build_tiny
-from compressor.attack_checks import ATTACK_CHECKS
 from compressor.attacks.apgd import APGD
 from compressor.attacks.draws import KeyedDraws
 from compressor.attacks.pgd import PGD
 from compressor.attacks.search import SearchResult, by_logits
 from compressor.attacks.targeted import Targeted
-from compressor.claim import Claim
-from compressor.gradient_checks import GRADIENT_CHECKS
 from compressor.losses import dlr, margin, targeted_dlr
-from compressor.origins import border_points
-from compressor.output_checks import OUTPUT_CHECKS
 from compressor.threat import ThreatModel
-from compressor.validity import check_validity
+from compressor.validity.active_test import ACTIVE_TEST, penultimate_features
+from compressor.validity.attack_checks import ATTACK_CHECKS
+from compressor.validity.claim import Claim
+from compressor.validity.gradient_checks import GRADIENT_CHECKS
+from compressor.validity.origins import border_points
+from compressor.validity.output_checks import OUTPUT_CHECKS
+from compressor.validity.validity import check_validity
 
 EPSILON = 16 / 255
 THREAT = ThreatModel(epsilon_pixels=EPSILON)

@@ -27,7 +27,7 @@ from compressor.student import Student
 from compressor.teachers import Teacher
 from compressor.threat import ThreatModel
 from compressor.training_workflow import TrainingRequest, train
-from compressor.verification_request import VerificationRequest
+from compressor.verification.request import VerificationRequest
 from compressor.verification_workflow import verify
 
 pytestmark = [

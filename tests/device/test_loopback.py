@@ -34,7 +34,6 @@ from compressor.data import (
 from compressor.folding import EvaluationView
 from compressor.image_sources import open_source
 from compressor.image_storage import ResidentImages, StreamedImages
-from compressor.journal import Journal
 from compressor.losses import cross_entropy
 from compressor.methods.build import build_method
 from compressor.networks import NetworkSpec, build_classifier, evaluation_mode
@@ -48,8 +47,9 @@ from compressor.teachers import Teacher
 from compressor.threat import ThreatModel
 from compressor.trainer import Training, _train_step, trained_tensors
 from compressor.training_workflow import TrainingRequest, train
-from compressor.verification import VerificationPlan, attack_chunks, network_subject
-from compressor.verification_request import VerificationRequest
+from compressor.verification.journal import Journal
+from compressor.verification.request import VerificationRequest
+from compressor.verification.verification import VerificationPlan, attack_chunks, network_subject
 from compressor.verification_workflow import verify
 
 STARTS = ("gaussian", "uniform", "zero")
@@ -585,11 +585,11 @@ def verify_a_run(loopback_device):
     reports = {}
     with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr("compressor.verification_workflow.cost_rows", lambda *_: ())
-        patch.setattr("compressor.epsilon_curve.NUM_STEPS", 5)
+        patch.setattr("compressor.verification.epsilon_curve.NUM_STEPS", 5)
         run = train(recipe, TrainingRequest(out=Path(folder) / "run", settings=settings))
         for name, device in (("cpu", torch.device("cpu")), ("loopback", loopback_device)):
             performance = Performance(device=device)
-            place = "compressor.verification_request.resolve_performance"
+            place = "compressor.verification.request.resolve_performance"
             patch.setattr(place, lambda _, performance=performance: performance)
             request = VerificationRequest(
                 target=str(run.path),

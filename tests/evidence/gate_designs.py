@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from compressor import __version__
-from compressor.gate_plan import (
+from compressor.gate.plan import (
     POWER,
     Boundary,
     average_images,
@@ -24,10 +24,10 @@ from compressor.gate_plan import (
     first_true,
     images_for_power,
 )
+from compressor.gate.sequential import log_e_value
 from compressor.proportions import Proportion
-from compressor.report_markdown import markdown_table
+from compressor.reports.markdown import markdown_table
 from compressor.run_directory import write_text_atomically
-from compressor.sequential import log_e_value
 
 ERROR = 0.05
 CHUNK_SIZE = 25

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from compressor import __version__
-from compressor.gate_plan import (
+from compressor.gate.plan import (
     Boundary,
     average_images,
     boundaries,
@@ -27,10 +27,10 @@ from compressor.gate_plan import (
     first_true,
     images_for_power,
 )
+from compressor.gate.sequential import Look, LowerBound, early_look, judge_look
 from compressor.proportions import Proportion
-from compressor.report_markdown import markdown_table
+from compressor.reports.markdown import markdown_table
 from compressor.run_directory import write_json_atomically, write_text_atomically
-from compressor.sequential import Look, LowerBound, early_look, judge_look
 
 CONFIDENCE = 0.95
 CHUNK_SIZE = 50

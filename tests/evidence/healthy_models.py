@@ -18,23 +18,23 @@ from pathlib import Path
 
 import torch
 
-from compressor.active_test import penultimate_features
 from compressor.attacks.protocol import Model
 from compressor.attacks.search import by_logits
 from compressor.attacks.stages import Stage, build_stages
-from compressor.claim import Claim
 from compressor.data import Batch, TestSplit, evaluation_batches, load_test_split
 from compressor.environment import describe_environment
 from compressor.folding import EvaluationView
 from compressor.performance import Performance, resolve_performance
 from compressor.performance_settings import PerformanceSettings
 from compressor.recipe import DataRecipe, TeacherRecipe
-from compressor.report import ValidityRow
-from compressor.report_markdown import markdown_table
+from compressor.reports.markdown import markdown_table
+from compressor.reports.report import ValidityRow
 from compressor.run_directory import write_text_atomically
 from compressor.teachers import load_model
 from compressor.threat import ThreatModel
-from compressor.validity import check_validity
+from compressor.validity.active_test import penultimate_features
+from compressor.validity.claim import Claim
+from compressor.validity.validity import check_validity
 
 ATTACKS = ("apgd_ce", "apgd_t")
 STRONGEST = "apgd_t"

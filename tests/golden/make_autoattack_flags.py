@@ -34,7 +34,7 @@ from compressor.data import (
 from compressor.performance_settings import PerformanceSettings
 from compressor.recipe import DataRecipe
 from compressor.threat import ThreatModel
-from compressor.verification import verification_order
+from compressor.verification.verification import verification_order
 
 HERE = Path(__file__).parent
 NETWORK, FLAGS = HERE / "autoattack_network.safetensors", HERE / "autoattack_flags.json"

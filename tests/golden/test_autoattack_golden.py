@@ -17,9 +17,9 @@ import torch
 
 from compressor.attacks.square import Square
 from compressor.attacks.stages import AUTOATTACK
-from compressor.cascade import Subject
-from compressor.journal import Journal
-from compressor.verification import VerificationPlan, attack_chunks
+from compressor.verification.cascade import Subject
+from compressor.verification.journal import Journal
+from compressor.verification.verification import VerificationPlan, attack_chunks
 from tests.contract.test_conformance_oracles import stages_of
 
 HERE = Path(__file__).parent

@@ -127,7 +127,7 @@ def test_wheel_has_the_digits_their_licence_the_page_and_the_types(wheel):
     names = names_in(wheel)
     data = {name for name in names if not name.endswith(".py") and ".dist-info/" not in name}
     typed = {f"{package}/py.typed" for package in ("compressor", "cli", "exporters")}
-    page, digits = "compressor/report.html.j2", "compressor/digits.npz"
+    page, digits = "compressor/reports/report.html.j2", "compressor/digits.npz"
     assert data == {page, digits, "compressor/digits.LICENSE.md"} | typed
     licences = {name.rpartition("/")[2] for name in names if "/licenses/" in name}
     assert licences == {"LICENSE", "digits.LICENSE.md"}

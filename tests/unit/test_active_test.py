@@ -6,8 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-from compressor import active_test as module
-from compressor.active_test import active_test, penultimate_features, plant
 from compressor.attacks.apgd import APGD
 from compressor.attacks.draws import KeyedDraws
 from compressor.attacks.fixed import FixedAttack
@@ -15,8 +13,10 @@ from compressor.attacks.pgd import PGD
 from compressor.attacks.targeted import Targeted
 from compressor.losses import margin, targeted_dlr
 from compressor.networks import NetworkSpec, build_classifier
-from compressor.origins import border_points
 from compressor.threat import ThreatModel
+from compressor.validity import active_test as module
+from compressor.validity.active_test import active_test, penultimate_features, plant
+from compressor.validity.origins import border_points
 
 LINF = ThreatModel(epsilon_pixels=16 / 255)
 L2 = ThreatModel(norm="l2", epsilon_pixels=0.5)

@@ -6,15 +6,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from compressor.attack_checks import ATTACK_CHECKS, attack_checks
 from compressor.attacks.apgd import APGD
 from compressor.attacks.draws import KeyedDraws
 from compressor.attacks.search import SearchResult
-from compressor.check import SIGNIFICANCE, binomial_tail
-from compressor.claim import Claim, Purpose
 from compressor.losses import margin
-from compressor.origins import border_points
 from compressor.threat import ThreatModel
+from compressor.validity.attack_checks import ATTACK_CHECKS, attack_checks
+from compressor.validity.check import SIGNIFICANCE, binomial_tail
+from compressor.validity.claim import Claim, Purpose
+from compressor.validity.origins import border_points
 
 THREAT = ThreatModel(epsilon_pixels=0.05)
 WEIGHT = torch.randn(192, generator=torch.Generator().manual_seed(5))

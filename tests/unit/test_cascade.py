@@ -9,7 +9,10 @@ import torch
 
 from compressor.attacks.search import SearchResult
 from compressor.attacks.stages import Stage
-from compressor.cascade import (
+from compressor.data import Batch
+from compressor.errors import InvalidEvaluationError
+from compressor.threat import ThreatModel
+from compressor.verification.cascade import (
     GALLERY_SIZE,
     NUM_BISECTIONS,
     GalleryEntry,
@@ -19,9 +22,6 @@ from compressor.cascade import (
     best_of_gallery,
     run_stage,
 )
-from compressor.data import Batch
-from compressor.errors import InvalidEvaluationError
-from compressor.threat import ThreatModel
 
 EPSILON = 8 / 255
 THREAT = ThreatModel(epsilon_pixels=EPSILON)

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from compressor.cascade import Subject
 from compressor.data import Batch
-from compressor.epsilon_curve import RADII_OVER_EPSILON, accuracy_curve
 from compressor.randomness import sample_keys
-from compressor.samples import Sample
 from compressor.threat import ThreatModel
+from compressor.verification.cascade import Subject
+from compressor.verification.epsilon_curve import RADII_OVER_EPSILON, accuracy_curve
+from compressor.verification.samples import Sample
 
 EPSILON = 0.02
 NUM_IMAGES, NUM_CLASSES = 40, 4

@@ -7,12 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compressor.errors import ExitCode
-from compressor.gate import decide_live, judge, judge_live
-from compressor.gate_policy import GatePolicy, PolicyError
-from compressor.gate_questions import looks
+from compressor.gate.gate import decide_live, judge, judge_live
+from compressor.gate.policy import GatePolicy, PolicyError
+from compressor.gate.questions import looks
+from compressor.gate.sequential import early_look, last_look
 from compressor.proportions import Proportion
-from compressor.report import TargetFacts, TestFacts, ValidityRow
-from compressor.sequential import early_look, last_look
+from compressor.reports.report import TargetFacts, TestFacts, ValidityRow
 
 
 def policy(**tables):

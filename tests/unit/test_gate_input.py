@@ -5,10 +5,10 @@ import json
 import pytest
 
 from compressor.errors import RunError
-from compressor.gate_input import read_baseline, read_gated_report
-from compressor.gate_policy import GatePolicy, with_baseline
+from compressor.gate.input import read_baseline, read_gated_report
+from compressor.gate.policy import GatePolicy, with_baseline
 from compressor.proportions import Proportion
-from compressor.report import Count, write_report
+from compressor.reports.report import Count, write_report
 
 
 @pytest.fixture

@@ -5,11 +5,11 @@ from xml.etree import ElementTree
 
 import pytest
 
-from compressor.gate import judge
-from compressor.gate_outputs import MAX_LISTED, SARIF_RULES, to_junit, to_sarif, to_summary
-from compressor.gate_policy import GatePolicy
-from compressor.gate_result import GateResult
-from compressor.report import ValidityRow
+from compressor.gate.gate import judge
+from compressor.gate.outputs import MAX_LISTED, SARIF_RULES, to_junit, to_sarif, to_summary
+from compressor.gate.policy import GatePolicy
+from compressor.gate.result import GateResult
+from compressor.reports.report import ValidityRow
 
 NASTY = '<script>alert("&amp;")</script> | **x** `y` [z](http://e.vil) ]]> \x00\x1b[31m\ud800\n# t'
 

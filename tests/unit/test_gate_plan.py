@@ -6,7 +6,7 @@ from itertools import accumulate, product
 
 import pytest
 
-from compressor.gate_plan import (
+from compressor.gate.plan import (
     MAX_IMAGES,
     average_images,
     boundaries,
@@ -17,9 +17,9 @@ from compressor.gate_plan import (
     plan_rule,
     plan_rules,
 )
-from compressor.gate_policy import GatePolicy
+from compressor.gate.policy import GatePolicy
+from compressor.gate.sequential import Look, decide
 from compressor.proportions import Proportion
-from compressor.sequential import Look, decide
 
 
 def policy(**tables):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from compressor.gate_policy import GatePolicy, PolicyError, load_policy, with_baseline
+from compressor.gate.policy import GatePolicy, PolicyError, load_policy, with_baseline
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "gate.toml"
 RULE = "[worst_case]\nmin_accuracy = 0.25\n"

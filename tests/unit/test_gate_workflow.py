@@ -8,15 +8,15 @@ import pytest
 import compressor.gate_workflow
 from compressor.attacks.apgd import APGD
 from compressor.errors import BudgetSpentError, RunError, UsageError
-from compressor.gate import judge_live
-from compressor.gate_policy import GatePolicy, with_baseline
+from compressor.gate.gate import judge_live
+from compressor.gate.policy import GatePolicy, with_baseline
 from compressor.gate_workflow import CHUNK_SIZE, gate_live
 from compressor.performance_settings import PerformanceSettings
 from compressor.recipe_file import parse_recipe
-from compressor.report import ValidityRow, read_report
+from compressor.reports.report import ValidityRow, read_report
 from compressor.run_directory import RunDirectory
 from compressor.training_workflow import TrainingRequest, train
-from compressor.verification_request import build_stages
+from compressor.verification.request import build_stages
 
 SETTINGS = PerformanceSettings(device="cpu", training_dtype="float32", num_threads=1)
 TABLE = {
@@ -119,7 +119,7 @@ def test_worst_case_is_judged_live_too(run, monkeypatch):
             for stage in build_stages(*arguments, **options)
         )
 
-    monkeypatch.setattr("compressor.verification_request.build_stages", build)
+    monkeypatch.setattr("compressor.verification.request.build_stages", build)
     monkeypatch.setattr("compressor.verification_workflow.check_verification", lambda *_, **__: ())
     monkeypatch.setattr(compressor.gate_workflow, "CHUNK_SIZE", 20)
     threat = {"norm": "linf", "epsilon": "2/255"}
@@ -184,7 +184,7 @@ class Clock:
 
 
 def test_a_budget_that_ends_before_the_first_chunk_decides_nothing(run, monkeypatch):
-    monkeypatch.setattr("compressor.verification.time", Clock())
+    monkeypatch.setattr("compressor.verification.verification.time", Clock())
     with pytest.raises(BudgetSpentError, match=r"the budget of 0\.1 seconds is spent"):
         live(run, policy(clean=limit(0.6)), max_seconds=0.1)
     assert not run.report("live").json.exists()
@@ -193,7 +193,7 @@ def test_a_budget_that_ends_before_the_first_chunk_decides_nothing(run, monkeypa
 
 def test_a_budget_that_ends_before_the_decision_is_inconclusive_and_goes_on(run, monkeypatch):
     undecided = policy(clean=limit(0.93))
-    monkeypatch.setattr("compressor.verification.time", Clock())
+    monkeypatch.setattr("compressor.verification.verification.time", Clock())
     first = live(run, undecided, max_seconds=1)
     assert (first.verdict, first.exit_code) == ("inconclusive", 6)
     assert CHUNK_SIZE <= first.num_images < NUM_TEST_IMAGES
@@ -202,7 +202,7 @@ def test_a_budget_that_ends_before_the_decision_is_inconclusive_and_goes_on(run,
     assert len(journals(run)) == 1
 
     first_table = run.report("live").samples.read_text()
-    monkeypatch.setattr("compressor.verification.time", Clock())
+    monkeypatch.setattr("compressor.verification.verification.time", Clock())
     second = live(run, undecided, max_seconds=1)
     assert second.num_images > first.num_images
     assert run.report("live").samples.read_text().startswith(first_table)

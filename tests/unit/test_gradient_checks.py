@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from compressor.gradient_checks import (
+from compressor.validity.gradient_checks import (
     GRADIENT_CHECKS,
     NOISE_PIXELS,
     NUM_IMAGES,

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import compressor.html_report
-from compressor.html_report import GalleryImage, to_html, write_html
-from compressor.report import RobustnessReport, ValidityRow
-from compressor.report_figures import report_figures
-from compressor.report_markdown import to_markdown
-from compressor.training_figures import training_figures
+import compressor.reports.html
+from compressor.reports.figures import report_figures
+from compressor.reports.html import GalleryImage, to_html, write_html
+from compressor.reports.markdown import to_markdown
+from compressor.reports.report import RobustnessReport, ValidityRow
+from compressor.reports.training_figures import training_figures
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 
@@ -225,7 +225,7 @@ def test_figures_take_the_colours_of_the_page(page):
 
 def test_colours_can_be_read():
     """WCAG 2.1, 1.4.3: text has a contrast of 4.5 to what is behind it, in every scheme."""
-    source = Path(compressor.html_report.__file__).with_name("report.html.j2").read_text()
+    source = Path(compressor.reports.html.__file__).with_name("report.html.j2").read_text()
     schemes = re.findall(r":root \{(.*?)\}", source, flags=re.DOTALL)
     assert len(schemes) == 3
     pairs = [

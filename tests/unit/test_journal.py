@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from compressor.cascade import Found, GalleryEntry, Outcome
-from compressor.journal import Journal, plan_id
+from compressor.verification.cascade import Found, GalleryEntry, Outcome
+from compressor.verification.journal import Journal, plan_id
 
 PLAN = {"seed": 0, "threat": {"norm": "linf", "epsilon_pixels": 8 / 255}, "attacks": ["fgsm"]}
 
@@ -124,7 +124,7 @@ def test_a_stage_is_on_the_disk_before_it_counts(path, monkeypatch):
         synced.append(path.read_bytes().count(b"\n"))
 
     journal = Journal.open(path, PLAN)
-    monkeypatch.setattr("compressor.journal.os.fsync", sync)
+    monkeypatch.setattr("compressor.verification.journal.os.fsync", sync)
     journal.add(outcome(0, "clean"))
     journal.add(outcome(0))
     assert synced == [2, 3]

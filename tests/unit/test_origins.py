@@ -5,8 +5,8 @@ import torch
 
 from compressor.attacks.draws import KeyedDraws
 from compressor.losses import margin
-from compressor.origins import Origins, Watch, border_points, distinct
 from compressor.threat import ThreatModel
+from compressor.validity.origins import Origins, Watch, border_points, distinct
 
 THREATS = [ThreatModel(epsilon_pixels=8 / 255), ThreatModel(norm="l2", epsilon_pixels=0.5)]
 every_threat = pytest.mark.parametrize("threat", THREATS, ids=str)

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.autograd import grad
 
-from compressor.output_checks import NUM_IMAGES, OUTPUT_CHECKS, output_checks
 from compressor.threat import ThreatModel
+from compressor.validity.output_checks import NUM_IMAGES, OUTPUT_CHECKS, output_checks
 
 WEIGHT = torch.randn(4, 192, generator=torch.Generator().manual_seed(5))
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compressor.paired import (
+from compressor.gate.paired import (
     BrokenImage,
     Comparison,
     compare,
@@ -18,7 +18,7 @@ from compressor.paired import (
     p_value_of_drop,
 )
 from compressor.proportions import Proportion
-from compressor.report import SampleTable, TestFacts
+from compressor.reports.report import SampleTable, TestFacts
 
 NONE_BROKEN = (None,) * 40
 

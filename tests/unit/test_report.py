@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from compressor.errors import RunError
 from compressor.proportions import Proportion
-from compressor.report import (
+from compressor.reports.report import (
     CAVEAT,
     Count,
     SampleTable,

@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from compressor.proportions import Proportion
-from compressor.report import Count, EightBitFacts
+from compressor.reports.report import Count, EightBitFacts
 
 
 def count(num_correct, num_total=10):

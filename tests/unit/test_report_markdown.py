@@ -6,7 +6,8 @@ import sys
 import pytest
 
 from compressor.proportions import Proportion
-from compressor.report import (
+from compressor.reports.markdown import cost_table, markdown_table, plain, to_markdown
+from compressor.reports.report import (
     CAVEAT,
     CostRow,
     Count,
@@ -16,8 +17,7 @@ from compressor.report import (
     TrainingFacts,
     ValidityRow,
 )
-from compressor.report_markdown import cost_table, markdown_table, plain, to_markdown
-from compressor.report_sections import MAX_CONFUSIONS
+from compressor.reports.sections import MAX_CONFUSIONS
 
 ALARM = ValidityRow(
     name="zero_gradient",
@@ -267,6 +267,6 @@ def test_strangers_cannot_add_cells_or_lines(make_report):
 
 def test_needs_no_torch():
     code = (
-        "import sys; sys.modules.update(torch=None, numpy=None); import compressor.report_markdown"
+        "import sys; sys.modules.update(torch=None, numpy=None); import compressor.reports.markdown"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

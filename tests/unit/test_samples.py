@@ -2,8 +2,8 @@
 
 import pytest
 
-from compressor.cascade import Found, Outcome
-from compressor.samples import Sample, take_outcomes, to_table, write_csv
+from compressor.verification.cascade import Found, Outcome
+from compressor.verification.samples import Sample, take_outcomes, to_table, write_csv
 
 
 def found(place=0, **changes):

@@ -7,9 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compressor.gate_plan import boundaries, chance_to_pass
-from compressor.proportions import Proportion
-from compressor.sequential import (
+from compressor.gate.plan import boundaries, chance_to_pass
+from compressor.gate.sequential import (
     Look,
     anytime_lower_bound,
     decide,
@@ -19,6 +18,7 @@ from compressor.sequential import (
     log_e_value,
     upper_bound,
 )
+from compressor.proportions import Proportion
 
 ALPHA = 0.05
 LIMITS = [0.02, 0.25, 0.45, 0.5, 0.9]

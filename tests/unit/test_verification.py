@@ -16,7 +16,6 @@ from compressor.attacks.search import SearchResult
 from compressor.attacks.square import Square
 from compressor.attacks.stages import Stage, build_stages
 from compressor.attacks.targeted import Targeted
-from compressor.cascade import Subject
 from compressor.data import (
     Augmentation,
     evaluation_batches,
@@ -25,15 +24,21 @@ from compressor.data import (
     training_batches,
 )
 from compressor.errors import BudgetSpentError, InvalidEvaluationError
-from compressor.journal import Journal
 from compressor.losses import cross_entropy, targeted_dlr
 from compressor.networks import NetworkSpec, build_classifier
 from compressor.performance import Performance
 from compressor.performance_settings import PerformanceSettings
 from compressor.recipe import DataRecipe
 from compressor.threat import ThreatModel
-from compressor.verification import NEAR_SHARE, VerificationPlan, attack_chunks, network_subject
-from compressor.verification_report import attack_rows, count_standing
+from compressor.verification.cascade import Subject
+from compressor.verification.journal import Journal
+from compressor.verification.rows import attack_rows, count_standing
+from compressor.verification.verification import (
+    NEAR_SHARE,
+    VerificationPlan,
+    attack_chunks,
+    network_subject,
+)
 
 CPU = Performance(device=torch.device("cpu"))
 THREAT = ThreatModel(epsilon_pixels=8 / 255)
@@ -422,7 +427,7 @@ def test_a_budget_ends_between_passes_and_the_next_call_goes_on(
     """Each call gets further, whole chunks are told, and the end is that of one long call."""
     reader, stages, _ = halves
     whole = last(subject_of(reader), split, stages, batch_size=16)
-    monkeypatch.setattr("compressor.verification.time", Clock())
+    monkeypatch.setattr("compressor.verification.verification.time", Clock())
     told, reason = [], ""
     while reason != "done":
         found, reason = attack_within(1.2, reader, split, stages, tmp_path / "journal")
@@ -437,7 +442,7 @@ def test_a_budget_ends_between_passes_and_the_next_call_goes_on(
 def test_a_part_of_a_chunk_is_never_told(split, halves, tmp_path, monkeypatch):
     """Images that only the first attack has tried would look too robust."""
     reader, stages, _ = halves
-    monkeypatch.setattr("compressor.verification.time", Clock())
+    monkeypatch.setattr("compressor.verification.verification.time", Clock())
     plan = VerificationPlan(stages=stages, batch_size=60, max_seconds=2)
     journal = Journal.open(tmp_path / "journal", {})
     with pytest.raises(BudgetSpentError):

@@ -4,16 +4,16 @@ import pytest
 import torch
 
 from compressor.attacks.stages import build_stages
-from compressor.cascade import Found, Outcome
 from compressor.data import load_test_split
-from compressor.journal import Journal
 from compressor.networks import NetworkSpec, build_classifier
 from compressor.performance import Performance
 from compressor.performance_settings import PerformanceSettings
 from compressor.recipe import DataRecipe
 from compressor.threat import ThreatModel
-from compressor.verification import VerificationPlan, attack_chunks, network_subject
-from compressor.verification_progress import Meter
+from compressor.verification.cascade import Found, Outcome
+from compressor.verification.journal import Journal
+from compressor.verification.progress import Meter
+from compressor.verification.verification import VerificationPlan, attack_chunks, network_subject
 
 THREAT = ThreatModel(epsilon_pixels=8 / 255)
 STAGES = build_stages(("fgsm", "apgd_ce", "square"), threat=THREAT, mode="fast", batch_size=10)
@@ -31,7 +31,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr("compressor.verification_progress.time", clock)
+    monkeypatch.setattr("compressor.verification.progress.time", clock)
     return clock
 
 

@@ -16,7 +16,7 @@ from compressor.recipe import DataRecipe
 from compressor.recipe_file import parse_recipe
 from compressor.run_directory import RunDirectory
 from compressor.training_workflow import TrainingRequest, train
-from compressor.verification_target import load_target, open_target
+from compressor.verification.target import load_target, open_target
 from compressor.weights import sha256_of_file
 from exporters.workflow import export_run
 

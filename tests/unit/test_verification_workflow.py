@@ -22,11 +22,11 @@ from compressor.errors import (
 )
 from compressor.performance_settings import PerformanceSettings
 from compressor.recipe_file import parse_recipe
-from compressor.report import ValidityRow, read_report
+from compressor.reports.report import ValidityRow, read_report
 from compressor.run_directory import RunDirectory
 from compressor.threat import ThreatModel
 from compressor.training_workflow import TrainingRequest, train
-from compressor.verification_request import VerificationRequest, prepare
+from compressor.verification.request import VerificationRequest, prepare
 from compressor.verification_workflow import verify
 from compressor.weights import sha256_of_file
 from exporters.workflow import export_run
@@ -192,7 +192,7 @@ def test_an_alarm_makes_it_invalid(run, tmp_path, quick, monkeypatch):
 def test_a_budget_that_ends_leaves_it_incomplete_and_an_alarm_counts_all_the_same(
     run, tmp_path, quick, monkeypatch
 ):
-    monkeypatch.setattr("compressor.verification.time", Clock(step_seconds=0.01))
+    monkeypatch.setattr("compressor.verification.verification.time", Clock(step_seconds=0.01))
     request = request_for(run.path, folder=tmp_path, epsilon_pixels=24 / 255)
     request = replace(request, batch_size=10, max_seconds=4)
     report, _ = verify(request)
@@ -206,7 +206,7 @@ def test_a_budget_that_ends_leaves_it_incomplete_and_an_alarm_counts_all_the_sam
     monkeypatch.setattr(
         "compressor.verification_workflow.check_verification", lambda *_, **__: (ALARM,)
     )
-    monkeypatch.setattr("compressor.verification.time", Clock(step_seconds=0.01))
+    monkeypatch.setattr("compressor.verification.verification.time", Clock(step_seconds=0.01))
     assert verify(replace(request, seed=1))[0].status == "invalid"
 
 
@@ -260,7 +260,7 @@ def test_a_budget_too_small_for_a_chunk_says_what_to_do_and_keeps_what_is_done(
     folder = tmp_path / "b"
     hurried = replace(request, folder=folder, max_seconds=2.6)
     num_failures = 0
-    monkeypatch.setattr("compressor.verification.time", Clock(step_seconds=0.02))
+    monkeypatch.setattr("compressor.verification.verification.time", Clock(step_seconds=0.02))
     with pytest.raises(BudgetSpentError, match=r"before the first 20 images were done.*--batch-si"):
         verify(hurried)
     assert [name[:14] for name in names_in(folder)] == [".verification-"]
@@ -268,7 +268,7 @@ def test_a_budget_too_small_for_a_chunk_says_what_to_do_and_keeps_what_is_done(
     while report is None or report.status == "incomplete":
         num_failures += 1
         assert num_failures < 20
-        monkeypatch.setattr("compressor.verification.time", Clock(step_seconds=0.02))
+        monkeypatch.setattr("compressor.verification.verification.time", Clock(step_seconds=0.02))
         try:
             report, files = verify(hurried)
         except BudgetSpentError:
@@ -523,13 +523,13 @@ class Cheat:
 
 
 def test_an_attack_that_leaves_its_threat_model_leaves_no_number(run, tmp_path, monkeypatch):
-    from compressor.verification_request import build_stages
+    from compressor.verification.request import build_stages
 
     def build(names, *, threat, **options):
         first, second, *_ = build_stages(names, threat=threat, **options)
         return first, replace(second, search=Cheat(threat))
 
-    monkeypatch.setattr("compressor.verification_request.build_stages", build)
+    monkeypatch.setattr("compressor.verification.request.build_stages", build)
     with pytest.raises(InvalidEvaluationError, match="pgd_sat left its threat model"):
         verify(request_for(run.path, folder=tmp_path))
     assert [name[:14] for name in names_in(tmp_path)] == [".verification-"]

@@ -11,8 +11,8 @@ import pytest
 import yaml  # comes with pre-commit
 
 import cli.main
-from compressor.gate_policy import load_policy
-from compressor.report import ValidityRow, write_report
+from compressor.gate.policy import load_policy
+from compressor.reports.report import ValidityRow, write_report
 
 CHECKOUT = Path(cli.main.__file__).parents[1]
 FOLDER = CHECKOUT / "examples" / "gate_in_ci"

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from compressor.html_report import GalleryImage, write_html
-from compressor.report import RobustnessReport, ValidityRow
+from compressor.reports.html import GalleryImage, write_html
+from compressor.reports.report import RobustnessReport, ValidityRow
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)

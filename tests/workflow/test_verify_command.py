@@ -18,10 +18,10 @@ from cli.output import Output
 from cli.verification_display import verification_display
 from compressor.performance_settings import PerformanceSettings
 from compressor.recipe_file import parse_recipe
-from compressor.report import ValidityRow, read_report
+from compressor.reports.report import ValidityRow, read_report
 from compressor.training_workflow import TrainingRequest, train
-from compressor.verification_progress import StageProgress, VerificationProgress
-from compressor.verification_request import VerificationRequest
+from compressor.verification.progress import StageProgress, VerificationProgress
+from compressor.verification.request import VerificationRequest
 from compressor.verification_workflow import verify
 from exporters.workflow import export_run
 
@@ -117,7 +117,7 @@ def nothing(patch):
 
 
 def budget(patch):
-    patch.setattr("compressor.verification.time", Clock())
+    patch.setattr("compressor.verification.verification.time", Clock())
 
 
 def alarm(patch):
@@ -133,7 +133,7 @@ def interruption(patch):
         finally:
             signal.signal(signal.SIGINT, before)
 
-    patch.setattr("compressor.verification.run_stage", interrupt)
+    patch.setattr("compressor.verification.verification.run_stage", interrupt)
 
 
 SOME = "--attacks fgsm,pgd_sat"

@@ -1,0 +1,1 @@
+"""The gate: `gate.py` judges a report by a policy. Nothing here needs torch."""

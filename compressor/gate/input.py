@@ -1,0 +1,43 @@
+"""Reports from strangers: read, and refused where nobody could judge them. Needs no torch."""
+
+from pathlib import Path
+
+from compressor.errors import RunError
+from compressor.gate.policy import GatePolicy
+from compressor.reports.report import RobustnessReport, read_report
+from compressor.run_directory import RunDirectory
+
+_AGAIN = "write it again with `robust-compress verify RUN`"
+_LARGEST_EPSILON = {"linf": 1.0, "l2": 1e6}  # of L2: further apart than any two images
+
+
+def read_gated_report(path: Path) -> RobustnessReport:
+    """The report in a file or in a run folder, from anybody.
+
+    Raises:
+        RunError: if there is none, or if it is damaged or contradicts itself.
+    """
+    if path.is_dir():
+        path = RunDirectory(path).report().json
+    if not path.exists():
+        raise RunError(f"{path} does not exist; make it with `robust-compress verify RUN`")
+    try:
+        report = read_report(path)
+    except (ValueError, ArithmeticError, RecursionError) as error:  # numbers of a thousand digits
+        raise RunError(f"{path} is not a report: {error}; {_AGAIN}") from None
+    if not 0 < report.epsilon_pixels <= _LARGEST_EPSILON[report.norm]:
+        raise RunError(f"{path}: epsilon_pixels is {report.epsilon_pixels:g}; {_AGAIN}")
+    names = report.data.class_names
+    if len(set(names)) != len(names):
+        raise RunError(f"{path}: two classes have the same name; {_AGAIN}")
+    return report
+
+
+def read_baseline(policy: GatePolicy) -> RobustnessReport | None:
+    """The report that the policy names, if it names one.
+
+    Raises:
+        RunError: as `read_gated_report`.
+    """
+    path = policy.baseline.report
+    return None if path is None else read_gated_report(Path(path))

@@ -1,0 +1,1 @@
+"""Reports: `report.py` is the schema, the others are its forms for people."""

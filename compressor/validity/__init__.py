@@ -1,0 +1,1 @@
+"""Whether an evaluation may be believed: `validity.py` asks all checks in order."""

@@ -1,0 +1,91 @@
+"""From a verification to the claim that its validity checks doubt."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from compressor.attacks.protocol import Model
+from compressor.attacks.stages import Stage
+from compressor.reports.report import ValidityRow
+from compressor.teachers import Teacher
+from compressor.validity.active_test import ACTIVE_TEST, penultimate_features
+from compressor.validity.attack_checks import ATTACK_CHECKS
+from compressor.validity.claim import Claim
+from compressor.validity.output_checks import output_checks
+from compressor.validity.validity import NUM_IMAGES, check_validity
+from compressor.verification.cascade import Subject
+from compressor.verification.gallery import first_images
+from compressor.verification.request import Prepared
+from compressor.verification.samples import Sample
+from compressor.verification.verification import Verification
+
+_STRONGEST = "apgd_t"
+_NOT_RUN = f"the attacks that were run do not include {_STRONGEST}, so there is no claim to doubt"
+
+
+def check_verification(
+    prepared: Prepared, subject: Subject, found: Verification
+) -> tuple[ValidityRow, ...]:
+    """The checks of `compressor.validity.validity` on the first images.
+
+    For a file, the questions about the function are asked of the file, and those about gradients
+    and attacks of its source, on which the attacks searched.
+    """
+    batch = first_images(
+        prepared.split, prepared.plan, num_images=min(NUM_IMAGES, len(found.samples))
+    )
+    samples = found.samples[: len(batch.y_N)]
+    by_name = {stage.name: stage for stage in prepared.stages}
+    stage = by_name.get(_STRONGEST, prepared.stages[-1])
+    is_whole = _STRONGEST in by_name
+    network = prepared.model.network
+    assert network is not None  # noqa: S101 (there are stages)
+    claim = Claim(
+        model=subject.float32,
+        x_NCHW=batch.x_NCHW,
+        y_N=batch.y_N,
+        keys_N=batch.keys_N,
+        threat=prepared.threat,
+        attack=stage.search,
+        num_steps=int(stage.parameters.get("num_steps", 1)),
+        broken_by_white_box_N=_broken(samples, prepared.stages, kind="white-box", device=batch.y_N)
+        if is_whole
+        else None,
+        broken_by_square_N=_broken(samples, prepared.stages, kind="black-box", device=batch.y_N)
+        if "square" in by_name
+        else None,
+        teachers=_differentiable(prepared.teachers),
+        features=penultimate_features(network, batch.x_NCHW) if is_whole else None,
+    )
+    rows = check_validity(claim)
+    if prepared.model.onnx is not None:
+        of_file = output_checks(subject.answer, batch.x_NCHW, threat=prepared.threat)
+        rows = (*map(_worse, of_file, rows), *rows[len(of_file) :])
+    if is_whole:
+        return rows
+    unasked = {check.name: check for check in (*ATTACK_CHECKS, ACTIVE_TEST)}
+    return tuple(unasked[r.name].not_run(_NOT_RUN) if r.name in unasked else r for r in rows)
+
+
+def _worse(of_file: ValidityRow, of_source: ValidityRow) -> ValidityRow:
+    """The file's answer, unless only the source raises an alarm."""
+    is_alarm_of_source = of_source.status == "alarm" and of_file.status != "alarm"
+    return of_source if is_alarm_of_source else of_file
+
+
+def _broken(
+    samples: Sequence[Sample], stages: Sequence[Stage], *, kind: str, device: Tensor
+) -> Tensor:
+    """Whether any attack of this kind fooled each image, bool [N]."""
+    names = [stage.name for stage in stages if stage.kind == kind]
+    flags = [any(s.fooled_by.get(name, False) for name in names) for s in samples]
+    return torch.tensor(flags, dtype=torch.bool, device=device.device)
+
+
+def _differentiable(teachers: Sequence[Teacher]) -> Mapping[str, Model]:
+    models: dict[str, Model] = {}
+    for teacher in teachers:
+        if teacher.network is not None:
+            models[f"{teacher.role} {teacher.name}"] = teacher.network
+    return models

@@ -1,0 +1,77 @@
+"""The journal of a verification: every finished stage of every chunk, so that none is lost.
+
+A line is complete or it is not there: a process killed at any moment loses at most the stage it
+was in. The first line says what is verified and how; another verification does not continue it.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from compressor.run_directory import write_text_atomically
+from compressor.verification.cascade import Outcome
+
+
+class Journal:
+    """Outcomes by (chunk, stage); reads what is there and appends."""
+
+    def __init__(self, path: Path | None, outcomes: dict[tuple[int, str], Outcome]) -> None:
+        self._path, self._outcomes = path, outcomes
+
+    @classmethod
+    def open(cls, path: Path, plan: Mapping[str, Any]) -> Self:
+        """The journal of this plan at `path`; begun anew if there is none, or another's."""
+        lines = _complete_lines(path)
+        if not lines or lines[0] != dict(plan):
+            write_text_atomically(path, json.dumps(dict(plan)) + "\n")
+            return cls(path, {})
+        outcomes = [Outcome.from_json(line) for line in lines[1:]]
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        write_text_atomically(path, text)  # without a line that was cut off
+        return cls(path, {(o.chunk, o.stage): o for o in outcomes})
+
+    @classmethod
+    def in_memory(cls) -> Self:
+        """One that is lost with the process."""
+        return cls(None, {})
+
+    def get(self, chunk: int, stage: str) -> Outcome | None:
+        """What is known of this stage of this chunk."""
+        return self._outcomes.get((chunk, stage))
+
+    def add(self, outcome: Outcome) -> None:
+        """Keep it, on disk before this returns."""
+        self._outcomes[outcome.chunk, outcome.stage] = outcome
+        if self._path is None:
+            return
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(outcome.to_json()) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def remove(self) -> None:
+        """After the report is written."""
+        if self._path is not None:
+            self._path.unlink(missing_ok=True)
+
+
+def plan_id(plan: Mapping[str, Any]) -> str:
+    """Short name of a plan, for the journal's file."""
+    return hashlib.sha256(json.dumps(dict(plan), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _complete_lines(path: Path) -> list[dict[str, Any]]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return []
+    lines = []
+    for line in text.split("\n")[:-1]:
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return lines

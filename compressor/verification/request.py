@@ -1,0 +1,247 @@
+"""VerificationRequest: what is asked of a verification; prepare: what will be done for it."""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from math import prod, sqrt
+from pathlib import Path
+
+import torch
+
+from compressor import __version__
+from compressor.attacks.stages import (
+    AUTOATTACK,
+    PAPER_ATTACKS,
+    Mode,
+    Stage,
+    build_stages,
+    expand_names,
+)
+from compressor.data import TestSplit, load_test_split
+from compressor.errors import UsageError
+from compressor.networks import evaluation_mode
+from compressor.performance import Performance, resolve_performance
+from compressor.performance_settings import PerformanceSettings
+from compressor.reports.files import ReportFiles
+from compressor.teachers import Teacher
+from compressor.threat import Norm, ThreatModel, format_pixels
+from compressor.verification.cascade import Subject
+from compressor.verification.journal import Journal, plan_id
+from compressor.verification.rows import found_teachers, training_facts
+from compressor.verification.target import Model, Target, load_target, open_target
+from compressor.verification.verification import VerificationPlan, network_subject
+
+DEFAULT_ATTACKS = (*PAPER_ATTACKS, *AUTOATTACK)
+DEFAULT_EPSILON_PIXELS = 8 / 255
+_MAX_ROW_NUMBERS = 250 * 3 * 64 * 64
+"""Above it a chunk of 250 images would not fit into memory; it is then smaller."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerificationRequest:
+    """What is asked for; None: as the run has it, or all."""
+
+    target: str
+    settings: PerformanceSettings
+    source: str | None = None
+    data_source: str | None = None
+    attacks: Sequence[str] = DEFAULT_ATTACKS
+    mode: Mode = "fast"
+    norm: Norm | None = None
+    epsilon_pixels: float | None = None
+    num_images: int | None = None
+    batch_size: int | None = None
+    max_seconds: float | None = None
+    seed: int = 0
+    folder: Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Prepared:
+    """A verification that is ready to begin."""
+
+    request: VerificationRequest
+    target: Target
+    model: Model
+    split: TestSplit
+    threat: ThreatModel
+    teachers: Sequence[Teacher]
+    """Those of the run that can still be found, on the device."""
+    stages: Sequence[Stage]
+    plan: VerificationPlan
+    performance: Performance
+    files: ReportFiles
+    started_at_seconds: float
+
+    @property
+    def data_kind(self) -> str:
+        """`imagefolder`, `cifar10` ...: the source without its folder."""
+        return self.target.data_recipe(self.request.data_source).source.partition(":")[0]
+
+    def journal(self) -> Journal:
+        """What an earlier process has finished of exactly this verification."""
+        described = {
+            "version": __version__,
+            "target": self.model.facts.model_dump(),
+            "threat": asdict(self.threat),
+            "attacks": [stage.name for stage in self.stages],
+            "mode": self.request.mode,
+            "seed": self.plan.seed,
+            "batch_size": self.plan.batch_size,
+            "content_sha256": self.split.content_sha256,
+            "index_sha256": self.split.index_sha256,
+            "number_format": str(self.performance.training_dtype),
+            "device": str(self.performance.device),
+        }
+        return Journal.open(self.files.journal(plan_id(described)), described)
+
+    @contextmanager
+    def subject(self) -> Iterator[Subject]:
+        """The model as the attacks see it, in eval mode meanwhile."""
+        network, onnx = self.model.network, self.model.onnx
+        if network is None:
+            assert onnx is not None  # noqa: S101
+            yield Subject(answer=onnx, float32=onnx, search_dtype=onnx)
+            return
+        with evaluation_mode(network):
+            if self.request.mode == "compat":
+                subject = _as_released(network, self.performance)
+            else:
+                subject = network_subject(network, self.performance)
+            yield subject if onnx is None else replace(subject, answer=onnx)
+
+
+def prepare(request: VerificationRequest) -> Prepared:
+    """Read the target and the data, and decide what will be done.
+
+    Raises:
+        UsageError: if the request contradicts itself.
+        RobustCompressError: if the target or the data cannot be used.
+    """
+    started_at_seconds = time.perf_counter()
+    performance = resolve_performance(request.settings)
+    names = expand_names(request.attacks)
+    target = open_target(request.target, source=request.source)
+    split = load_test_split(
+        target.data_recipe(request.data_source),
+        settings=request.settings,
+        device=performance.device,
+        num_images=request.num_images,
+    )
+    model = load_target(target, split)
+    training_facts(target)  # or what is missing would be found after hours of attacks
+    threat = _threat(request, target, split)
+    batch_size = request.batch_size or _batch_size(split)
+    teachers = _teachers(target, split, performance)
+    stages = build_stages(
+        names,
+        threat=threat,
+        mode=request.mode,
+        batch_size=batch_size,
+        sources=[teacher.network for teacher in teachers if teacher.network is not None],
+    )
+    if model.network is None:
+        stages = ()
+    elif model.onnx is not None:
+        stages = tuple(_on_the_file(stage) for stage in stages)
+    return Prepared(
+        request=request,
+        target=target,
+        model=model,
+        split=split,
+        threat=threat,
+        teachers=teachers,
+        stages=stages,
+        plan=VerificationPlan(
+            stages=stages,
+            seed=request.seed,
+            batch_size=batch_size,
+            max_seconds=request.max_seconds,
+        ),
+        performance=performance,
+        files=ReportFiles(
+            folder=request.folder or target.folder, label=_label(request, target, names, threat)
+        ),
+        started_at_seconds=started_at_seconds,
+    )
+
+
+def _teachers(target: Target, split: TestSplit, performance: Performance) -> list[Teacher]:
+    if target.recipe is None or target.facts is None:
+        return []
+    teachers = found_teachers(target.recipe, target.facts, class_names=split.class_names)
+    for teacher in teachers:
+        if teacher.network is not None:
+            performance.place_network(teacher.network)
+    return teachers
+
+
+def _threat(request: VerificationRequest, target: Target, split: TestSplit) -> ThreatModel:
+    own = _own_threat(target)
+    norm = request.norm or own.norm
+    epsilon = request.epsilon_pixels
+    if epsilon is None and norm != own.norm:
+        raise UsageError(f"--norm {norm} needs a radius of its own; give --epsilon, such as 0.5")
+    threat = ThreatModel(
+        norm=norm, epsilon_pixels=own.epsilon_pixels if epsilon is None else epsilon
+    )
+    largest = 1.0 if norm == "linf" else sqrt(prod(split.image_shape))
+    if not 0 < threat.epsilon_pixels <= largest:
+        raise UsageError(
+            f"--epsilon {threat.epsilon_pixels:g} is outside (0, {largest:g}]. Images are scaled "
+            'to [0, 1]: write eight grey levels as "8/255"'
+        )
+    return threat
+
+
+def _own_threat(target: Target) -> ThreatModel:
+    if target.recipe is None:
+        return ThreatModel(epsilon_pixels=DEFAULT_EPSILON_PIXELS)
+    return target.recipe.threat.build()
+
+
+def _batch_size(split: TestSplit) -> int:
+    channels, height, width = split.image_shape
+    return max(min(250, _MAX_ROW_NUMBERS // (channels * height * width)), 8)
+
+
+def _on_the_file(stage: Stage) -> Stage:
+    """White-box on the source, black-box on the file itself."""
+    if stage.kind != "white-box":
+        return replace(stage, runs_on="answer")
+    return stage if stage.runs_on != "answer" else replace(stage, runs_on="float32")
+
+
+def _as_released(network: torch.nn.Module, performance: Performance) -> Subject:
+    """One function in float32, in the memory layout that the released code has."""
+    network = network.to(performance.device)
+
+    def answer(x_NCHW: torch.Tensor) -> torch.Tensor:
+        return network(x_NCHW.contiguous())  # type: ignore[no-any-return]
+
+    return Subject(answer=answer, float32=answer, search_dtype=answer)
+
+
+def _label(
+    request: VerificationRequest, target: Target, names: Sequence[str], threat: ThreatModel
+) -> str:
+    """What is different from the verification that a release is decided on."""
+    parts = []
+    if request.num_images is not None:
+        parts.append(str(request.num_images))
+    if threat != _own_threat(target):
+        radius = (
+            format_pixels(threat.epsilon_pixels)
+            if threat.norm == "linf"
+            else f"{threat.epsilon_pixels:g}"
+        )
+        parts.append(f"{threat.norm}-{radius.replace('/', '_')}")
+    if request.mode != "fast":
+        parts.append(request.mode)
+    if tuple(names) != DEFAULT_ATTACKS:
+        is_papers = tuple(names) == PAPER_ATTACKS
+        parts.append("papers" if is_papers else "-".join(names))
+    if request.seed != 0:
+        parts.append(f"seed{request.seed}")
+    return "-".join(parts)

@@ -1,0 +1,190 @@
+"""What is verified: a run, weights with an architecture, or an ONNX file with its source."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from compressor.data import TestSplit
+from compressor.errors import DataError, UsageError
+from compressor.networks import Classifier, NetworkSpec, load_trained
+from compressor.onnx_model import OnnxModel, load_onnx_model
+from compressor.recipe import DataRecipe, Recipe, TeacherRecipe
+from compressor.recipe_file import load_recipe
+from compressor.reports.report import TargetFacts
+from compressor.run_directory import RunDirectory, read_facts
+from compressor.teachers import load_model
+from compressor.weights import sha256_of_file
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """A model to verify, before any data is read."""
+
+    path: str
+    """As given; a run folder, a file of weights or an ONNX file."""
+    run: RunDirectory | None
+    """The run that trained it or its source."""
+    recipe: Recipe | None
+    facts: dict[str, Any] | None
+    onnx: OnnxModel | None
+    source: str | None
+    """Of an ONNX file: the run or the weights whose gradients stand in for its own."""
+
+    @property
+    def name(self) -> str:
+        """For titles."""
+        if self.onnx is not None or self.recipe is None:
+            return self._stem
+        return self.recipe.name
+
+    @property
+    def _stem(self) -> str:
+        """Of the file, without its architecture."""
+        return Path(self.path.rpartition(":")[2]).stem
+
+    @property
+    def folder(self) -> Path:
+        """Where its reports go, unless the user says otherwise."""
+        if self.run is not None and self.onnx is None:
+            return self.run.path
+        return Path("runs") / f"verify-{self._stem}"
+
+    def data_recipe(self, data_source: str | None) -> DataRecipe:
+        """Which images to attack.
+
+        Raises:
+            UsageError: if nobody says where they are.
+        """
+        if self.recipe is not None:
+            data = self.recipe.data
+            return data if data_source is None else data.model_copy(update={"source": data_source})
+        if data_source is None:
+            raise UsageError(
+                f"{self.path} does not say on which images it is to be verified; give them with "
+                "--data, for example --data imagefolder:PATH"
+            )
+        return DataRecipe(source=data_source, validation_size=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """A target, loaded for the classes and the shape of the data."""
+
+    facts: TargetFacts
+    network: Classifier | None = field(repr=False)
+    """What is differentiated: the target or its source; None if there is neither."""
+    spec: NetworkSpec | None
+    onnx: OnnxModel | None = field(repr=False)
+    """What answers, if it is not the network."""
+    num_bytes: int
+
+
+def open_target(path: str, *, source: str | None) -> Target:
+    """Say what `path` is, and find the run that belongs to it.
+
+    Raises:
+        UsageError: if `source` is given where it means nothing.
+        RunError: if a folder is not a run.
+        WeightsError: if an ONNX file cannot be run.
+    """
+    is_onnx = path.endswith(".onnx") and not Path(path).is_dir()
+    if source is not None and not is_onnx:
+        raise UsageError(f"--source is for ONNX files, which have no gradient; {path} is not one")
+    weights = source if is_onnx else path
+    run = None
+    if weights is not None and Path(weights).is_dir():
+        run = RunDirectory.open(Path(weights))
+    elif weights is not None and weights == path and not _may_be_weights(path):
+        run = RunDirectory.open(Path(path))  # which says what is missing
+    return Target(
+        path=path,
+        run=run,
+        recipe=load_recipe(run.resolved_recipe) if run else None,
+        facts=read_facts(run) if run else None,
+        onnx=load_onnx_model(Path(path)) if is_onnx else None,
+        source=source,
+    )
+
+
+def load_target(target: Target, split: TestSplit) -> Model:
+    """The model, checked against the test images.
+
+    Raises:
+        RunError: if training has not ended.
+        WeightsError: if the file cannot be read, or does not fit its architecture.
+        TeacherError: if its classes or sizes are not those of the data.
+        DataError: if the images are not those of the run, or were trained on.
+    """
+    if target.facts is not None:
+        refuse_other_images(split, target.facts)
+    network, spec, weights_sha256, num_bytes = _load_weights(target, split)
+    if target.onnx is None:
+        assert spec is not None and weights_sha256 is not None  # noqa: S101, PT018
+        kind = "run" if target.run is not None else "weights"
+        facts = TargetFacts(
+            kind=kind,  # type: ignore[arg-type]
+            architecture=f"{spec.architecture}, width {spec.width:g}",
+            sha256=weights_sha256,
+            source_sha256=None,
+        )
+        return Model(facts=facts, network=network, spec=spec, onnx=None, num_bytes=num_bytes)
+    _check_onnx(target.onnx, split)
+    facts = TargetFacts(
+        kind="onnx",
+        architecture=f"ONNX, {target.onnx.num_classes} classes",
+        sha256=target.onnx.sha256,
+        source_sha256=weights_sha256,
+    )
+    return Model(
+        facts=facts, network=network, spec=spec, onnx=target.onnx, num_bytes=target.onnx.num_bytes
+    )
+
+
+def refuse_other_images(split: TestSplit, facts: dict[str, Any]) -> None:
+    """The test images of a run have its classes and shape, and are not those it trained on.
+
+    Raises:
+        DataError: if not.
+    """
+    have = (list(split.class_names), list(split.image_shape))
+    want = (facts["class_names"], facts["image_shape"])
+    if have != want:
+        raise DataError(
+            f"the test images have shape {have[1]} and the classes {have[0][:5]}..., the run was "
+            f"trained on {want[1]} and {want[0][:5]}...; give the data of the run with --data"
+        )
+    if split.content_sha256 == facts["training_content_sha256"]:
+        raise DataError(
+            "the test images are the training images of this run (same content hash "
+            f"{split.content_sha256[:12]}); accuracy on them says nothing. Give others with --data"
+        )
+
+
+def _load_weights(
+    target: Target, split: TestSplit
+) -> tuple[Classifier | None, NetworkSpec | None, str | None, int]:
+    if target.run is not None:
+        network, spec = load_trained(target.run)
+        path = target.run.model
+        return network, spec, sha256_of_file(path), path.stat().st_size
+    weights = target.path if target.onnx is None else target.source
+    if weights is None:
+        return None, None, None, 0
+    recipe = TeacherRecipe(role="robust", source=weights)
+    model = load_model(recipe, class_names=split.class_names, image_shape=split.image_shape)
+    if model.network is None:
+        raise UsageError(f"--source {weights} has no gradient either; give the run it came from")
+    return model.network, model.spec, model.sha256, model.num_bytes
+
+
+def _check_onnx(onnx: OnnxModel, split: TestSplit) -> None:
+    onnx.check_image_shape(split.image_shape)
+    if onnx.num_classes != len(split.class_names):
+        raise DataError(
+            f"{onnx.path} has {onnx.num_classes} classes, the test images have "
+            f"{len(split.class_names)}; give the images it was made for with --data"
+        )
+
+
+def _may_be_weights(path: str) -> bool:
+    return ":" in path or Path(path).is_file()
