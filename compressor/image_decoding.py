@@ -124,7 +124,9 @@ class ImageFiles:
             raise _bad_files(problems, self.folder)
 
     def content_sha256(self) -> str:
-        """Hash of the names, the bytes of the files, and the decoding.
+        """Hash of the bytes of the files in their order, and of the decoding.
+
+        Names do not count: the same images in another folder are the same images.
 
         Raises:
             DataError: if a file cannot be read.
@@ -135,7 +137,7 @@ class ImageFiles:
                 content = (self.folder / name).read_bytes()
             except OSError as error:
                 raise _bad_files([(name, error.strerror or str(error))], self.folder) from None
-            digest.update(f"\n{name}\n{len(content)}\n".encode())
+            digest.update(f"\n{len(content)}\n".encode())
             digest.update(content)
         return digest.hexdigest()
 

@@ -105,9 +105,14 @@ def expand_names(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(name for name in ATTACK_NAMES if name in wanted)
 
 
+def is_autoattack(names: Sequence[str]) -> bool:
+    """Whether all four attacks of AutoAttack are among these."""
+    return set(AUTOATTACK) <= set(names)
+
+
 def protocol_of(names: Sequence[str], mode: Mode) -> str:
     """What the worst case over these attacks may be called."""
-    if not set(AUTOATTACK) <= set(names):
+    if not is_autoattack(names):
         return f"worst of {', '.join(names)}"
     return "AutoAttack-style" if mode == "fast" else "AutoAttack (compat)"
 

@@ -47,9 +47,9 @@ def _threat_check(report: RobustnessReport, policy: GatePolicy) -> Iterator[Chec
 
 
 def _protocol_check(report: RobustnessReport, policy: GatePolicy) -> Iterator[CheckResult]:
-    wanted = policy.worst_case.protocol if policy.worst_case is not None else None
-    if wanted is None:
+    if policy.worst_case is None:
         return
+    wanted = policy.worst_case.protocol
     status = "passed" if report.protocol.startswith(wanted) else "unverified"
     message = f"the protocol is {report.protocol!r}, the policy asks for {wanted!r}"
     yield _check("protocol", status, message)

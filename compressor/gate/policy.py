@@ -42,8 +42,9 @@ class AccuracyRule(ClosedTable):
 class WorstCaseRule(AccuracyRule):
     """A limit on the share of images that stand under every attack."""
 
-    protocol: str | None = Field(default=None, min_length=1)
-    """What the protocol of the report must begin with: a worst case over weak attacks is high."""
+    protocol: str = Field(default="AutoAttack", min_length=1)
+    """What the protocol of the report must begin with. A worst case over weak attacks is high, so
+    whoever is content with one must say so: `protocol = "worst of"`."""
 
 
 class PerClassRule(ClosedTable):

@@ -4,16 +4,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from compressor.data import TestSplit
-from compressor.errors import DataError, UsageError
+import torch
+
+from compressor.data import TestSplit, evaluation_batches
+from compressor.errors import ArtefactMismatchError, DataError, UsageError
 from compressor.networks import Classifier, NetworkSpec, load_trained
 from compressor.onnx_model import OnnxModel, load_onnx_model
+from compressor.proportions import Proportion
 from compressor.recipe import DataRecipe, Recipe, TeacherRecipe
 from compressor.recipe_file import load_recipe
 from compressor.reports.report import TargetFacts
 from compressor.run_directory import RunDirectory, read_facts
 from compressor.teachers import load_model
 from compressor.weights import sha256_of_file
+
+NUM_COMPARED_IMAGES = 250
+MIN_AGREEMENT = 0.9
+"""Share of clean images on which a file must answer as its source; 8 bits cost a point or two."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +121,7 @@ def load_target(target: Target, split: TestSplit) -> Model:
         WeightsError: if the file cannot be read, or does not fit its architecture.
         TeacherError: if its classes or sizes are not those of the data.
         DataError: if the images are not those of the run, or were trained on.
+        ArtefactMismatchError: if a file does not come from its source.
     """
     if target.facts is not None:
         refuse_other_images(split, target.facts)
@@ -129,6 +137,8 @@ def load_target(target: Target, split: TestSplit) -> Model:
         )
         return Model(facts=facts, network=network, spec=spec, onnx=None, num_bytes=num_bytes)
     _check_onnx(target.onnx, split)
+    if network is not None and weights_sha256 is not None:
+        refuse_other_source(target.onnx, network, split, source_sha256=weights_sha256)
     facts = TargetFacts(
         kind="onnx",
         architecture=f"ONNX, {target.onnx.num_classes} classes",
@@ -157,6 +167,35 @@ def refuse_other_images(split: TestSplit, facts: dict[str, Any]) -> None:
         raise DataError(
             "the test images are the training images of this run (same content hash "
             f"{split.content_sha256[:12]}); accuracy on them says nothing. Give others with --data"
+        )
+
+
+def refuse_other_source(
+    onnx: OnnxModel, network: Classifier, split: TestSplit, *, source_sha256: str
+) -> None:
+    """A file is attacked through its source, so it must be the same function, or nearly so.
+
+    Otherwise the images found say nothing about the file, and it would look robust.
+
+    Raises:
+        ArtefactMismatchError: if the file names another source, or answers otherwise.
+    """
+    named = onnx.metadata.get("robust_compress.source_sha256")
+    if named is not None and named != source_sha256:
+        raise ArtefactMismatchError(
+            f"{onnx.path} was exported from weights with SHA-256 {named}, the source has "
+            f"{source_sha256}; give the run it was exported from with --source"
+        )
+    batch = next(iter(evaluation_batches(split, batch_size=NUM_COMPARED_IMAGES)))
+    x_NCHW = batch.x_NCHW.cpu()
+    with torch.no_grad():
+        is_same_N = onnx(x_NCHW).argmax(dim=1) == network(x_NCHW).argmax(dim=1)
+    same = Proportion(num_correct=int(is_same_N.sum()), num_total=len(is_same_N))
+    if same.fraction < MIN_AGREEMENT:
+        raise ArtefactMismatchError(
+            f"{onnx.path} gives the answer of its source on {same} test images, fewer than "
+            f"{100 * MIN_AGREEMENT:g} %, so what fools the source says nothing about the file; "
+            "give the run it was exported from with --source, or export it again"
         )
 
 

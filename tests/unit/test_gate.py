@@ -314,6 +314,14 @@ def test_a_worst_case_over_other_attacks_is_unverified(standing, wanted, expecte
     assert verdict(standing(90, 100), worst_case=rule) == expected
 
 
+def test_weak_attacks_pass_only_where_the_policy_says_so(standing):
+    """Without a word about the protocol it is AutoAttack's."""
+    report = standing(90, 100, protocol="worst of fgsm")
+    limit = {"min_accuracy": 0.45}
+    assert verdict(report, worst_case=limit) == "unverified"
+    assert verdict(report, worst_case=limit | {"protocol": "worst of"}) == "pass"
+
+
 # Incomplete reports
 
 

@@ -68,6 +68,7 @@ def test_junit_has_one_case_a_check_and_a_rule(result_of):
     result = result_of()
     assert cases(result) == {
         "report": "passed",
+        "protocol": "passed",
         "zero_gradient": "passed",
         "baseline": "passed",
         "clean.min_accuracy": "passed",
@@ -109,7 +110,7 @@ def test_junit_of_an_invalid_evaluation_has_errors_and_no_failure(invalid):
 def test_junit_counts_and_messages(result_of):
     suite = ElementTree.fromstring(to_junit(result_of(100, tables=WORST_CASE))).find("testsuite")
     counts = {key: suite.get(key) for key in ("tests", "failures", "errors", "skipped")}
-    assert counts == {"tests": "4", "failures": "1", "errors": "0", "skipped": "0"}
+    assert counts == {"tests": "5", "failures": "1", "errors": "0", "skipped": "0"}
     failure = suite.find("testcase/failure")
     assert "at most 11.70 % with 95 % confidence, shown on 1000 images" in failure.get("message")
 

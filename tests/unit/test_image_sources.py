@@ -2,6 +2,7 @@
 
 import hashlib
 import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -111,7 +112,7 @@ def test_arrays_are_resized_and_converted_too():
     assert source.images.read(0).dtype == np.uint8
 
 
-def test_content_hash_follows_bytes_names_and_decoding_but_not_the_place(tmp_path):
+def test_content_hash_follows_bytes_labels_and_decoding_but_not_names_or_the_place(tmp_path):
     for root in ("one", "two"):
         make_folder(tmp_path / root)
 
@@ -126,6 +127,16 @@ def test_content_hash_follows_bytes_names_and_decoding_but_not_the_place(tmp_pat
     assert content("two") != before
     (tmp_path / "one/train/dog/2.png").rename(tmp_path / "one/train/cat/3.png")
     assert content("one") != before
+
+
+def test_training_images_in_another_folder_are_the_same_images(tmp_path):
+    """Or they could be given for test images and not be noticed."""
+    make_folder(tmp_path / "data")
+    shutil.copytree(tmp_path / "data/train", tmp_path / "seen/train")
+    shutil.copytree(tmp_path / "data/train", tmp_path / "seen/test")
+    trained = open_source(recipe_for(f"imagefolder:{tmp_path / 'data'}"), part="train")
+    tested = open_source(recipe_for(f"imagefolder:{tmp_path / 'seen'}"), part="test")
+    assert tested.content_sha256 == trained.content_sha256
 
 
 def make_tiny_imagenet(root: Path):

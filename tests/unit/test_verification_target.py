@@ -9,7 +9,14 @@ import pytest
 import torch
 
 from compressor.data import load_test_split
-from compressor.errors import DataError, RunError, TeacherError, UsageError, WeightsError
+from compressor.errors import (
+    ArtefactMismatchError,
+    DataError,
+    RunError,
+    TeacherError,
+    UsageError,
+    WeightsError,
+)
 from compressor.networks import NetworkSpec, build_classifier
 from compressor.performance_settings import PerformanceSettings
 from compressor.recipe import DataRecipe
@@ -175,6 +182,16 @@ def test_a_source_is_for_files_only(run, weights, kind):
     path = {"run": run.path, "weights": weights}[kind]
     with pytest.raises(UsageError, match=f"--source is for ONNX files.*; {path} is not one"):
         open_target(str(path), source=str(run.path))
+
+
+def test_another_source_is_refused(run, split, tmp_path):
+    """A robust stranger as the source would lend its robustness to a fragile file."""
+    other = tmp_path / "other"
+    recipe = parse_recipe(TABLE | {"seed": 1}, origin="test")
+    stranger = train(recipe, TrainingRequest(out=other, settings=SETTINGS))
+    target = open_target(str(run.onnx("fp32")), source=str(stranger.path))
+    with pytest.raises(ArtefactMismatchError, match="was exported from weights with SHA-256"):
+        load_target(target, split)
 
 
 def test_a_source_without_a_gradient_is_none(run, split, tmp_path):

@@ -12,6 +12,7 @@ from PIL import Image
 from compressor.attacks.build import selection_attack
 from compressor.attacks.search import SearchResult
 from compressor.errors import (
+    ArtefactMismatchError,
     BudgetSpentError,
     CheckpointError,
     DataError,
@@ -426,8 +427,9 @@ def shifted_file(run, path):
 
 
 @pytest.mark.parametrize("mode", ["fast", "compat"])
-def test_the_file_judges_what_was_found_on_its_source(run, tmp_path, quick, mode):
+def test_the_file_judges_what_was_found_on_its_source(run, tmp_path, quick, mode, monkeypatch):
     """A file that answers 3 to everything is right on every 3, whatever the source thinks."""
+    monkeypatch.setattr("compressor.verification.target.MIN_AGREEMENT", 0.0)
     file = shifted_file(run, tmp_path / "shifted.onnx")
     request = request_for(file, source=str(run.path), folder=tmp_path / "out", mode=mode)
     report, files = verify(request)
@@ -440,6 +442,14 @@ def test_the_file_judges_what_was_found_on_its_source(run, tmp_path, quick, mode
     assert report.target.sha256 == sha256_of_file(file)
     assert report.target.source_sha256 == sha256_of_file(run.model)
     assert report.target.source_sha256 in files.markdown.read_text()
+
+
+def test_a_file_that_answers_otherwise_is_refused(run, tmp_path):
+    """It would look robust: what fools its source says nothing about it."""
+    file = shifted_file(run, tmp_path / "shifted.onnx")
+    with pytest.raises(ArtefactMismatchError, match="says nothing about the file"):
+        verify(request_for(file, source=str(run.path), folder=tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("mode", ["fast", "compat"])

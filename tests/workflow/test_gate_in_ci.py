@@ -131,7 +131,7 @@ def test_gitlab_job_ends_with_the_verdict_and_leaves_test_cases(workplace, name,
     assert done.returncode == code, done.stderr
     job = read("gitlab-ci.yml")["robustness-gate"]
     suite = ElementTree.parse(workplace / job["artifacts"]["reports"]["junit"]).find("testsuite")
-    assert int(suite.get("tests")) == 3
+    assert int(suite.get("tests")) == 4
     assert (int(suite.get("failures")), int(suite.get("errors"))) == {
         "pass": (0, 0),
         "fail": (1, 0),
