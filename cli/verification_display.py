@@ -40,7 +40,7 @@ def _picture(event: "VerificationProgress") -> Group:
     table.add_column("")
     for row in event.stages:
         is_now = row.name == event.current
-        now = f"trying {event.num_current}" if is_now and event.num_current else ""
+        now = _trying(event) if is_now and event.num_current else ""
         table.add_row(*_cells(row), now, style="" if row.num_tried or is_now else "dim")
     return Group(table, Text(_summary(event)))
 
@@ -49,6 +49,10 @@ def _cells(row: "StageProgress") -> tuple[str, str, str, str]:
     if not row.num_tried:
         return row.name, "", "", ""
     return row.name, str(row.num_tried), str(row.num_fooled), _clock(row.duration_seconds)
+
+
+def _trying(event: "VerificationProgress") -> str:
+    return f"trying {event.num_current}, {100 * event.current_fraction:.0f} %"
 
 
 def _summary(event: "VerificationProgress") -> str:
@@ -76,7 +80,7 @@ class _PlainLines:
         now = time.monotonic()
         if now - self._told_at_seconds > _PLAIN_LINE_EVERY_SECONDS:
             self._told_at_seconds = now
-            self._output.say(f"{event.current}, trying {event.num_current}; {_summary(event)}")
+            self._output.say(f"{event.current}, {_trying(event)}; {_summary(event)}")
             sys.stdout.flush()
 
 

@@ -89,8 +89,14 @@ def gate_live(
             if found is None:
                 raise
         assert found is not None  # noqa: S101
-        report = conclude(
-            prepared, subject, found, tell=tell, ended_because=ended_because, looks="many"
+        report, _ = conclude(
+            prepared,
+            subject,
+            found,
+            tell=tell,
+            cost=cost,
+            ended_because=ended_because,
+            looks="many",
         )
     if ended_because == "the gate was decided":
         journal.remove()

@@ -7,7 +7,7 @@ from typing import Literal
 
 from compressor.attacks.stages import is_autoattack, protocol_of
 from compressor.environment import describe_environment
-from compressor.errors import BudgetSpentError
+from compressor.errors import BudgetSpentError, RunError
 from compressor.metrics import read_metrics
 from compressor.reports.files import ReportFiles
 from compressor.reports.html import write_html
@@ -19,6 +19,7 @@ from compressor.reports.report import (
     Status,
     TestFacts,
     ValidityRow,
+    read_report,
     write_report,
 )
 from compressor.run_directory import write_text_atomically
@@ -76,10 +77,10 @@ def verify(
                     "smaller number"
                 ) from None
         assert found is not None  # noqa: S101
-        report = conclude(prepared, subject, found, tell=tell)
+        report, files = conclude(prepared, subject, found, tell=tell)
     if found.is_complete:
         journal.remove()
-    return report, prepared.files
+    return report, files
 
 
 Looks = Literal["one", "many"]
@@ -100,9 +101,10 @@ def conclude(
     found: Verification,
     *,
     tell: Callable[[str], None] = lambda _: None,
+    cost: Sequence[CostRow] = (),
     ended_because: str = "the budget ended",
     looks: Looks = "one",
-) -> RobustnessReport:
+) -> tuple[RobustnessReport, ReportFiles]:
     """Check the evaluation, measure costs, and write everything that people and programs read.
 
     Args:
@@ -110,6 +112,7 @@ def conclude(
         subject: the model, still in eval mode.
         found: what the attacks found.
         tell: told in words what is done.
+        cost: measured here if it was not yet.
         ended_because: why, if not all planned images are done.
         looks: `many` if it could be stopped by what was found.
     """
@@ -122,12 +125,12 @@ def conclude(
         num_images = min(NUM_CURVE_IMAGES, len(found.samples))
         batch = first_images(prepared.split, prepared.plan, num_images=num_images)
         curve = accuracy_curve(subject, batch, found.samples[:num_images], threat=prepared.threat)
-    tell("measuring latency")
-    cost = cost_rows(prepared.target, prepared.model, prepared.teachers)
+    if not cost:
+        tell("measuring latency")
+        cost = cost_rows(prepared.target, prepared.model, prepared.teachers)
     evidence = Evidence(validity=validity, curve=curve, cost=cost)
     report = describe(prepared, found, evidence=evidence, ended_because=ended_because, looks=looks)
-    _write(report, prepared, subject, found)
-    return report
+    return report, _write(report, prepared, subject, found)
 
 
 def describe(
@@ -175,9 +178,9 @@ def describe(
 
 def _write(
     report: RobustnessReport, prepared: Prepared, subject: Subject, found: Verification
-) -> None:
+) -> ReportFiles:
     """The JSON last: where it is, the others are too."""
-    files = prepared.files
+    files = _apart(prepared.files, report)
     gallery = choose_gallery(prepared.split, prepared.plan, found, answer=subject.answer)
     run = prepared.target.run
     curves = read_metrics(run) if run is not None else []
@@ -185,6 +188,24 @@ def _write(
     write_text_atomically(files.markdown, to_markdown(report))
     write_html(files.html, report, gallery=gallery, curves=curves)
     write_report(report, files.json)
+    return files
+
+
+def _apart(files: ReportFiles, report: RobustnessReport) -> ReportFiles:
+    """These files, or others of the same folder if these hold what `report` must not replace.
+
+    That is a report of another model or of other images, or a complete one while `report` is of a
+    verification that ended early.
+    """
+    try:
+        there = read_report(files.json)
+    except RunError:
+        return files  # nothing, or nothing that can be read any more
+    target, data = report.target, report.data
+    if (target, data.content_sha256) != (there.target, there.data.content_sha256):
+        return files.labelled(target.sha256[:8], data.content_sha256[:8])
+    is_worth_less = report.looks == "one" and not report.is_complete and there.is_complete
+    return files.labelled("incomplete") if is_worth_less else files
 
 
 def _status(

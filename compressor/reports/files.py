@@ -1,7 +1,8 @@
 """ReportFiles: the only file that knows what a verification writes, and how its files are named."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +39,10 @@ class ReportFiles:
     def journal(self, plan: str) -> Path:
         """Finished stages of a verification that has not ended."""
         return self.folder / f".verification-{plan}.jsonl"
+
+    def labelled(self, *words: str) -> Self:
+        """Others of the same folder, with more words in their names."""
+        return replace(self, label="-".join(filter(None, [self.label, *words])))
 
     def _path(self, stem: str, extension: str) -> Path:
         return self.folder / f"{'-'.join(filter(None, [stem, self.label]))}.{extension}"

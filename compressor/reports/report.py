@@ -231,6 +231,11 @@ class RobustnessReport(_Table):
     duration_seconds: float
     caveat: str = CAVEAT
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether all planned images are in it."""
+        return self.clean.num_total == self.data.num_planned
+
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> Self:
         for contradiction in contradictions(self):

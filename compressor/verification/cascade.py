@@ -3,13 +3,11 @@
 N images, K classes.
 """
 
-import base64
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from compressor.attacks.protocol import Model
@@ -19,10 +17,9 @@ from compressor.data import Batch
 from compressor.errors import InvalidEvaluationError
 from compressor.losses import margin
 from compressor.threat import ThreatModel
+from compressor.verification.gallery_entry import FooledImages, GalleryEntry
 
 NUM_BISECTIONS = 8
-GALLERY_SIZE = 6
-"""Images of each group."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,12 +33,12 @@ class Subject:
     search_dtype: Model
     """As `float32`, in the number format that searches fast."""
 
-    def watched(self, tick: Callable[[], None]) -> "Subject":
-        """The same, calling `tick` before every pass."""
+    def watched(self, tick: Callable[[int], None]) -> "Subject":
+        """The same, telling `tick` before every pass how many images go through."""
 
         def watch(model: Model) -> Model:
             def ticking(x_NCHW: Tensor) -> Tensor:
-                tick()
+                tick(len(x_NCHW))
                 return model(x_NCHW)
 
             return ticking
@@ -70,20 +67,6 @@ class Found:
     """Also after rounding to 255 levels inside the threat model."""
     num_forwards: int
     num_backwards: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class GalleryEntry:
-    """An adversarial image to show."""
-
-    place: int
-    attack: str
-    adv_base64: str
-    """Its 8-bit values [C, H, W]."""
-    confidence_fraction: float
-    """Of the wrong answer."""
-    distance_pixels: float
-    margin: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,18 +156,17 @@ def run_stage(
             num_forwards_N=result.num_forwards_N + 1,
             num_backwards_N=result.num_backwards_N,
         )
-    found = columns.rows(places)
-    confidence_N = F.softmax(logits_NK, dim=1).amax(dim=1)
-    return found, _gallery(stage.name, found, result.x_adv_NCHW, confidence_N)
-
-
-def best_of_gallery(
-    entries: list[GalleryEntry],
-) -> tuple[list[GalleryEntry], list[GalleryEntry]]:
-    """(the clearest, the closest): highest confidence in the wrong answer, smallest distance."""
-    clearest = sorted(entries, key=lambda e: (-e.confidence_fraction, e.place))
-    closest = sorted(entries, key=lambda e: (e.distance_pixels, e.place))
-    return clearest[:GALLERY_SIZE], closest[:GALLERY_SIZE]
+        fooled = FooledImages(
+            attack=stage.name,
+            answer=subject.answer,
+            threat=threat,
+            x_NCHW=batch.x_NCHW[fooled_N],
+            y_N=batch.y_N[fooled_N],
+            places_N=places[fooled_N],
+        )
+        clearest = fooled.entries("clearest", result.x_adv_NCHW[fooled_N])
+        closest = fooled.entries("closest", nearest[fooled_N])
+    return columns.rows(places), (*clearest, *closest)
 
 
 _FOUND_NAMES = tuple(field.name for field in fields(Found))
@@ -245,34 +227,3 @@ def _fools_in_8_bits(
     rounded = (x_adv_NCHW * 255).round() / 255
     fools_N = by_logits(rounded, answer(rounded), batch.y_N)
     return fools_N & threat.contains(rounded, batch.x_NCHW)
-
-
-def _gallery(
-    name: str, found: tuple[Found, ...], x_adv_NCHW: Tensor, confidence_N: Tensor
-) -> tuple[GalleryEntry, ...]:
-    """Those that might be shown in the end."""
-    levels = (x_adv_NCHW * 255).round().to(torch.uint8)
-    confidences = confidence_N.tolist()
-    entries = [
-        GalleryEntry(
-            place=row.place,
-            attack=name,
-            adv_base64="",
-            confidence_fraction=confidences[n],
-            distance_pixels=row.distance_pixels,
-            margin=row.margin,
-        )
-        for n, row in enumerate(found)
-        if row.is_fooled
-    ]
-    row_of = {row.place: n for n, row in enumerate(found)}
-    clearest, closest = best_of_gallery(entries)
-    chosen = {entry.place: entry for entry in clearest + closest}
-    return tuple(
-        replace(entry, adv_base64=_base64(levels[row_of[place]]))
-        for place, entry in sorted(chosen.items())
-    )
-
-
-def _base64(levels_CHW: Tensor) -> str:
-    return base64.b64encode(levels_CHW.cpu().contiguous().numpy().tobytes()).decode()

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from compressor.attacks.protocol import Model
 from compressor.data import Batch, TestSplit, evaluation_batches
 from compressor.reports.html import GalleryImage
-from compressor.verification.cascade import GalleryEntry, best_of_gallery
+from compressor.verification.gallery_entry import GalleryEntry, best_of_gallery
 from compressor.verification.verification import Verification, VerificationPlan, verification_order
 
 
@@ -30,21 +30,19 @@ def choose_gallery(
     """The best of what the attacks kept; an image is shown at the point that broke it first."""
     broken_by = {place: sample.broken_by for place, sample in enumerate(found.samples)}
     first = [entry for entry in found.gallery if broken_by[entry.place] == entry.attack]
-    clearest, closest = best_of_gallery(first)
-    chosen = [("clearest", entry) for entry in clearest] + [("closest", e) for e in closest]
+    chosen = best_of_gallery(first)
     if not chosen:
         return []
-    batch = _images_at(split, plan, [entry.place for _, entry in chosen])
+    batch = _images_at(split, plan, [entry.place for entry in chosen])
     with torch.no_grad():
         confidences_N = F.softmax(answer(batch.x_NCHW), dim=1).amax(dim=1).tolist()
     levels_NHWC = (batch.x_NCHW * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     images = []
-    for n, (group, entry) in enumerate(chosen):
+    for n, entry in enumerate(chosen):
         sample = found.samples[entry.place]
-        assert sample.prediction is not None  # noqa: S101 (it is broken)
         images.append(
             GalleryImage(
-                group=group,  # type: ignore[arg-type]
+                group=entry.group,
                 index=sample.index,
                 label=sample.label,
                 attack=entry.attack,
@@ -52,7 +50,7 @@ def choose_gallery(
                 adv_HWC=_decode(entry, split.image_shape),
                 clean_confidence_fraction=confidences_N[n],
                 adv_confidence_fraction=entry.confidence_fraction,
-                adv_prediction=sample.prediction,
+                adv_prediction=entry.prediction,
                 distance_pixels=entry.distance_pixels,
                 margin=entry.margin,
             )

@@ -93,6 +93,7 @@ class Prepared:
             "index_sha256": self.split.index_sha256,
             "number_format": str(self.performance.training_dtype),
             "device": str(self.performance.device),
+            "teachers": [teacher.sha256 for teacher in self.teachers],
         }
         return Journal.open(self.files.journal(plan_id(described)), described)
 
@@ -161,7 +162,8 @@ def prepare(request: VerificationRequest) -> Prepared:
         ),
         performance=performance,
         files=ReportFiles(
-            folder=request.folder or target.folder, label=_label(request, target, names, threat)
+            folder=request.folder or target.folder(sha256=model.facts.sha256),
+            label=_label(request, target, names if stages else (), threat),
         ),
         started_at_seconds=started_at_seconds,
     )
@@ -241,7 +243,7 @@ def _label(
         parts.append(request.mode)
     if tuple(names) != DEFAULT_ATTACKS:
         is_papers = tuple(names) == PAPER_ATTACKS
-        parts.append("papers" if is_papers else "-".join(names))
+        parts.append("papers" if is_papers else "-".join(names) or "clean")
     if request.seed != 0:
         parts.append(f"seed{request.seed}")
     return "-".join(parts)

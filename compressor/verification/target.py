@@ -49,12 +49,11 @@ class Target:
         """Of the file, without its architecture."""
         return Path(self.path.rpartition(":")[2]).stem
 
-    @property
-    def folder(self) -> Path:
-        """Where its reports go, unless the user says otherwise."""
+    def folder(self, *, sha256: str) -> Path:
+        """Where its reports go, unless the user says otherwise; `sha256` is that of the file."""
         if self.run is not None and self.onnx is None:
             return self.run.path
-        return Path("runs") / f"verify-{self._stem}"
+        return Path("runs") / f"verify-{self._stem}-{sha256[:8]}"
 
     def data_recipe(self, data_source: str | None) -> DataRecipe:
         """Which images to attack.

@@ -20,12 +20,12 @@ from compressor.randomness import Stream, sample_keys, uniform
 from compressor.sample_order import proportional_order
 from compressor.verification.cascade import (
     Found,
-    GalleryEntry,
     Outcome,
     Subject,
     answer_clean,
     run_stage,
 )
+from compressor.verification.gallery_entry import GalleryEntry
 from compressor.verification.journal import Journal
 from compressor.verification.progress import Meter, VerificationProgress
 from compressor.verification.samples import CLEAN_STAGE, Sample, take_outcomes
@@ -95,10 +95,10 @@ def attack_chunks(
     meter = Meter(plan.stages, num_images=len(samples), observe=observe)
     deadline = None if plan.max_seconds is None else time.monotonic() + plan.max_seconds
 
-    def tick() -> None:
+    def tick(num_images: int) -> None:
         if deadline is not None and time.monotonic() > deadline:
             raise BudgetSpentError(f"the budget of {plan.max_seconds:g} seconds is spent")
-        meter.tick()
+        meter.tick(num_images)
 
     watched = subject.watched(tick)
     outcomes: list[Outcome] = []

@@ -13,15 +13,13 @@ from compressor.data import Batch
 from compressor.errors import InvalidEvaluationError
 from compressor.threat import ThreatModel
 from compressor.verification.cascade import (
-    GALLERY_SIZE,
     NUM_BISECTIONS,
-    GalleryEntry,
     Outcome,
     Subject,
     answer_clean,
-    best_of_gallery,
     run_stage,
 )
+from compressor.verification.gallery_entry import GALLERY_SIZE, GalleryEntry, best_of_gallery
 
 EPSILON = 8 / 255
 THREAT = ThreatModel(epsilon_pixels=EPSILON)
@@ -62,7 +60,7 @@ class AskTheJudge:
 
 def stage(search, **changes):
     values = {"name": "fgsm", "kind": "white-box", "search": search, "runs_on": "search_dtype"}
-    return Stage(**(values | {"parameters": {}, "max_passes": 1} | changes))
+    return Stage(**(values | {"parameters": {}, "max_forwards": 1} | changes))
 
 
 def brightness(limit):
@@ -190,35 +188,51 @@ def test_eight_bits_outside_the_ball_do_not_count():
     assert not row.fools_in_8_bits
 
 
-def test_gallery_holds_the_points_that_were_found():
+def test_gallery_shows_the_points_of_which_it_speaks():
+    """The clearest is the point found, the closest the same drawn back; each with its own facts."""
     values = [0.47 + 0.001 * n for n in range(30)]
     batch = grey(0.3, *values)
     found, gallery = run(Move(EPSILON), brightness(0.5), batch)
     fooled = {row.place: row for row in found if row.is_fooled}
     assert fooled.keys() == set(range(101, 131))
-    assert {entry.place for entry in gallery} == set(range(125, 131))  # clearest and closest
+    of_group = {
+        group: [entry for entry in gallery if entry.group == group]
+        for group in ("clearest", "closest")
+    }
+    for group, entries in of_group.items():
+        assert {entry.place for entry in entries} == set(range(125, 131)), group
     for entry in gallery:
+        row = fooled[entry.place]
+        shift = EPSILON if entry.group == "clearest" else row.distance_pixels
+        x_adv = batch.x_NCHW[entry.place - 100] + shift
         levels = torch.frombuffer(bytearray(base64.b64decode(entry.adv_base64)), dtype=torch.uint8)
-        x_adv = batch.x_NCHW[entry.place - 100] + EPSILON
         assert torch.equal(levels.view(1, 4, 4), (x_adv * 255).round().to(torch.uint8))
-        assert entry.distance_pixels == fooled[entry.place].distance_pixels
-        assert entry.margin == fooled[entry.place].margin
+        assert entry.distance_pixels == pytest.approx(shift, abs=1e-6)
+        assert entry.prediction == row.prediction
         assert entry.confidence_fraction == pytest.approx(torch.tensor(entry.margin).sigmoid())
+    assert all(entry.margin == fooled[entry.place].margin for entry in of_group["clearest"])
+    assert all(0 <= e.margin < fooled[e.place].margin for e in of_group["closest"])
 
 
 def test_best_of_gallery_is_the_clearest_and_the_closest():
     entries = [
         GalleryEntry(
+            group=group,
             place=n,
             attack="a",
             adv_base64="",
+            prediction=0,
             confidence_fraction=0.5 + (n % 5) / 10,
             distance_pixels=(n * 7 % 20) / 255,
             margin=1.0,
         )
         for n in range(20)
+        for group in ("closest", "clearest")
     ]
-    clearest, closest = best_of_gallery(list(reversed(entries)))
+    best = best_of_gallery(list(reversed(entries)))
+    clearest = [entry for entry in best if entry.group == "clearest"]
+    closest = [entry for entry in best if entry.group == "closest"]
+    assert best == clearest + closest
     assert [entry.place for entry in clearest] == [4, 9, 14, 19, 3, 8]
     assert [entry.place * 7 % 20 for entry in closest] == list(range(GALLERY_SIZE))
 
@@ -241,7 +255,7 @@ def test_watched_subject_ticks_before_every_pass():
         return answer
 
     names = ("answer", "float32", "search_dtype")
-    subject = Subject(**{name: model(name) for name in names}).watched(lambda: events.append("t"))
-    x_NCHW = torch.ones(1, 1, 2, 2)
+    subject = Subject(**{name: model(name) for name in names}).watched(events.append)
+    x_NCHW = torch.ones(3, 1, 2, 2)
     assert all(getattr(subject, name)(x_NCHW) is x_NCHW for name in names)
-    assert events == ["t", "answer", "t", "float32", "t", "search_dtype"]
+    assert events == [3, "answer", 3, "float32", 3, "search_dtype"]

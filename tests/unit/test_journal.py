@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from compressor.verification.cascade import Found, GalleryEntry, Outcome
+from compressor.verification.cascade import Found, Outcome
+from compressor.verification.gallery_entry import GalleryEntry
 from compressor.verification.journal import Journal, plan_id
 
 PLAN = {"seed": 0, "threat": {"norm": "linf", "epsilon_pixels": 8 / 255}, "attacks": ["fgsm"]}
@@ -22,9 +23,11 @@ def outcome(chunk, stage="fgsm", *, margin=0.25):
         num_backwards=2,
     )
     entry = GalleryEntry(
+        group="closest",
         place=4 * chunk,
         attack=stage,
         adv_base64="AAEC",
+        prediction=7,
         confidence_fraction=1 / 3,
         distance_pixels=0.1 + 0.2,
         margin=margin,

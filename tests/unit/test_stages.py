@@ -91,7 +91,8 @@ def test_parameters_in_the_report_are_those_of_the_search(mode):
         parameters = stages[name].parameters
         assert parameters["num_steps"] == attack.num_steps
         assert parameters["step_size_pixels"] == attack.step_size_pixels
-        assert stages[name].max_passes == 2 * attack.num_steps + 1
+        assert stages[name].max_forwards == attack.num_steps + 1
+        assert stages[name].max_backwards == attack.num_steps
     for name in ("apgd_ce", "apgd_dlr"):
         search = stages[name].search
         search = search.attack if mode == "compat" else search

@@ -109,7 +109,7 @@ class Light:
 
 
 def stage(name, search, **changes):
-    values = {"kind": "white-box", "runs_on": "float32", "parameters": {}, "max_passes": 1}
+    values = {"kind": "white-box", "runs_on": "float32", "parameters": {}, "max_forwards": 1}
     return Stage(name=name, search=search, **(values | changes))
 
 

@@ -62,6 +62,10 @@ def outcome(stage, places, fooled=(), *, seconds=0.0):
     return Outcome(chunk=0, stage=stage, found=tuple(rows), gallery=(), duration_seconds=seconds)
 
 
+def passes(stage):
+    return stage.max_forwards + stage.max_backwards
+
+
 def run(meter, stage, places, fooled=(), *, seconds=0.0):
     with meter.stage(stage, num_tried=len(places)):
         pass
@@ -103,9 +107,9 @@ def test_left_is_what_is_tried_times_what_a_try_costs(meter, seen):
     run(meter, "fgsm", range(2, 10), {2, 3, 4, 5}, seconds=10)
     run(meter, "apgd_ce", range(6, 10), {6, 7}, seconds=40)
     fgsm, apgd, square = STAGES
-    seconds_per_pass = 50 / (8 * fgsm.max_passes + 4 * apgd.max_passes)
+    seconds_per_pass = 50 / (8 * passes(fgsm) + 4 * passes(apgd))
     expected = 30 * 0.5 / 10 + 24 * 10 / 8 + 12 * 40 / 4
-    expected += 8 * seconds_per_pass * square.max_passes
+    expected += 8 * seconds_per_pass * passes(square)
     assert seen[-1].left_seconds == pytest.approx(expected)
 
 
@@ -125,10 +129,38 @@ def test_left_shrinks_to_nothing_and_is_never_less(meter, seen):
     assert after_chunks[0] == pytest.approx(3 * 1.1)
 
 
+def test_left_falls_within_a_stage_at_the_speed_it_has(meter, seen, clock):
+    """Nothing else takes time: a tenth of the passes of 5 images took 20 s, so all 20 take 800."""
+    run(meter, "clean", range(10), seconds=0)
+    run(meter, "fgsm", range(10), range(5), seconds=0)
+    run(meter, "apgd_ce", range(5, 10), seconds=0)
+    square = STAGES[-1]
+    with meter.stage("square", num_tried=5):
+        for done in (0.1, 0.5, 0.9):
+            clock.now = 100 + 200 * done
+            meter.tick(round((done if done == 0.1 else 0.4) * 5 * square.max_forwards))
+            assert seen[-1].current_fraction == pytest.approx(done, rel=0.01)
+            assert seen[-1].left_seconds == pytest.approx(800 - 200 * done, rel=0.01)
+
+
+def test_left_falls_within_a_stage_that_ran_before(meter, seen, clock):
+    """It took 10 s for 5 images; now 4 s have gone for 5 others, and 10 images come after them."""
+    for places in (range(10), range(10, 20)):
+        run(meter, "clean", places, seconds=0)
+        run(meter, "fgsm", places, places[:5], seconds=0)
+        run(meter, "apgd_ce", places[5:], seconds=0)
+        if places[0] == 0:
+            run(meter, "square", places[5:], seconds=10)
+    with meter.stage("square", num_tried=5):
+        clock.now += 4
+        meter.tick(5)
+        assert seen[-1].left_seconds == pytest.approx(6 + 20)
+
+
 def test_passes_are_told_at_most_five_times_a_second(meter, seen, clock):
     for _ in range(1000):
         clock.now += 0.01
-        meter.tick()
+        meter.tick(10)
     assert 40 <= len(seen) <= 50
 
 

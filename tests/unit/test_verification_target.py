@@ -94,7 +94,7 @@ def answers(network, split):
 
 def test_a_run_knows_its_name_its_images_and_its_folder(run, split):
     target = open_target(str(run.path), source=None)
-    assert (target.name, target.folder) == ("mine", run.path)
+    assert (target.name, target.folder(sha256="0123")) == ("mine", run.path)
     assert target.data_recipe(None).source == "digits"
     assert target.data_recipe("imagefolder:x").source == "imagefolder:x"
     model = load_target(target, split)
@@ -111,7 +111,7 @@ def test_weights_are_the_same_model_without_a_run(run, weights, split, prefix):
     target = open_target(f"{prefix}{weights}", source=None)
     assert (target.run, target.recipe, target.facts) == (None, None, None)
     assert target.name == "weights"
-    assert target.folder == Path("runs/verify-weights")
+    assert target.folder(sha256="48acb3d8f") == Path("runs/verify-weights-48acb3d8")
     model = load_target(target, split)
     assert model.facts.kind == "weights"
     assert model.facts.sha256 == sha256_of_file(weights)
@@ -127,7 +127,8 @@ def test_weights_with_their_architecture(tmp_path, split, monkeypatch):
     torch.save(network.backbone.state_dict(), tmp_path / "bare.pt")
     monkeypatch.chdir(tmp_path)
     target = open_target("tiny:bare.pt", source=None)
-    assert (target.name, target.folder) == ("bare", Path("runs/verify-bare"))
+    assert target.name == "bare"
+    assert target.folder(sha256="0123456789") == Path("runs/verify-bare-01234567")
     model = load_target(target, split)
     assert model.facts.kind == "weights"
     assert model.facts.architecture == "tiny, width 1"
@@ -139,7 +140,7 @@ def test_a_file_with_its_source_has_both_hashes(run, weights, split):
     for source in (str(run.path), str(weights)):
         target = open_target(file, source=source)
         assert target.name == "model.fp32"
-        assert target.folder == Path("runs/verify-model.fp32")
+        assert target.folder(sha256="0123456789") == Path("runs/verify-model.fp32-01234567")
         model = load_target(target, split)
         assert model.facts.kind == "onnx"
         assert model.facts.sha256 == sha256_of_file(run.onnx("fp32"))

@@ -402,6 +402,56 @@ def test_no_verification_overwrites_another(copy, quick):
     assert not copy.report().json.exists()
 
 
+def contents_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def kept(before, folder):
+    """Whether all of these files are there, the same to the byte."""
+    after = contents_of(folder)
+    return all(after.get(name) == content for name, content in before.items())
+
+
+def test_other_models_and_other_images_do_not_replace_a_report(run, tmp_path, quick):
+    """In a folder that they share."""
+    folder = tmp_path / "out"
+    _, first = verify(request_for(run.path, folder=folder))
+    before = contents_of(folder)
+    other = {"source": str(run.path), "folder": folder}
+    report, second = verify(request_for(run.onnx("fp32"), **other))
+    assert kept(before, folder)
+    sha256, content = report.target.sha256, report.data.content_sha256
+    assert second.label == f"{first.label}-{sha256[:8]}-{content[:8]}"
+    verify(request_for(run.path, folder=folder))
+    assert len(contents_of(folder)) == 2 * len(before)  # each replaces its own
+
+
+def test_a_file_without_its_source_does_not_replace_a_verified_report(run, tmp_path, quick):
+    source = {"source": str(run.path)}
+    verify(request_for(run.onnx("fp32"), folder=tmp_path, **source))
+    before = contents_of(tmp_path)
+    verify(request_for(run.onnx("fp32"), folder=tmp_path, data_source="digits"))
+    assert kept(before, tmp_path)
+
+
+def test_a_verification_that_ended_early_does_not_replace_a_complete_one(
+    run, tmp_path, quick, monkeypatch
+):
+    request = request_for(run.path, folder=tmp_path, epsilon_pixels=24 / 255, batch_size=10)
+    hurried = replace(request, max_seconds=4)
+    clock = "compressor.verification.verification.time"
+    monkeypatch.setattr(clock, Clock(step_seconds=0.01))
+    assert verify(hurried)[0].status == "incomplete"
+    report, files = verify(request)  # which an incomplete one does not keep from its name
+    assert report.status == "verified"
+    before = contents_of(tmp_path)
+    monkeypatch.setattr(clock, Clock(step_seconds=0.01))
+    report, apart = verify(hurried)
+    assert report.status == "incomplete"
+    assert kept(before, tmp_path)
+    assert apart.label == f"{files.label}-incomplete"
+
+
 def paths_of(files):
     return (files.json, files.markdown, files.html, files.samples)
 

@@ -261,12 +261,13 @@ def test_a_file_alone_shows_no_worst_case_anywhere(folder, capsys):
     assert call(f"verify {FILE} --data digits {QUICK} --out alone") == 7
     out = capsys.readouterr().out
     texts = {path.name: path.read_text() for path in Path("alone").iterdir()}
-    assert texts.keys() == {"report-30.json", "report-30.md", "report-30.html", "samples-30.csv"}
-    assert json.loads(texts.pop("report-30.json"))["worst_case"] is None
+    reports = {f"report-30-clean.{extension}" for extension in ("json", "md", "html")}
+    assert texts.keys() == reports | {"samples-30-clean.csv"}
+    assert json.loads(texts.pop("report-30-clean.json"))["worst_case"] is None
     for text in (out.partition("Worst case: no attack.")[2], *texts.values()):
         assert "worst case" not in text.lower()
     assert "images stand" not in out
-    assert "unverified" in texts["report-30.md"].lower()
+    assert "unverified" in texts["report-30-clean.md"].lower()
 
 
 def test_an_invalid_report_shows_no_worst_case(folder, monkeypatch, capsys):
@@ -294,16 +295,16 @@ def test_numbers_come_with_their_n_and_interval(folder, capsys):
 # Targets
 
 TARGETS = {
-    "weights": ("weights.safetensors --data digits", "runs/verify-weights", "weights"),
+    "weights": ("weights.safetensors --data digits", "runs/verify-weights-*", "weights"),
     "architecture and weights": (
         "tiny:weights.safetensors --data digits",
-        "runs/verify-weights",
+        "runs/verify-weights-*",
         "weights",
     ),
-    "file with its run": (f"{FILE} --source run", "runs/verify-model.fp32", "onnx"),
+    "file with its run": (f"{FILE} --source run", "runs/verify-model.fp32-*", "onnx"),
     "file with weights": (
         f"{FILE} --source weights.safetensors --data digits",
-        "runs/verify-model.fp32",
+        "runs/verify-model.fp32-*",
         "onnx",
     ),
 }
@@ -314,8 +315,9 @@ def test_every_kind_of_target(materials, folder, capsys, arguments, out, kind):
     """All are the same function as the run, so they answer and fall alike."""
     assert call(f"verify {arguments} {QUICK} --attacks fgsm,cw_inf --epsilon 48/255") == 0
     of_run = read_report(materials / "expected/report-30-fgsm-cw_inf.json")
-    (path,) = Path(out).glob("report*.json")
+    (path,) = Path().glob(f"{out}/report*.json")
     report = read_report(path)
+    assert path.parent.name.endswith(report.target.sha256[:8])
     assert report.target.kind == kind
     assert report.samples == of_run.samples
     hashes = {of_run.target.sha256}
@@ -334,6 +336,7 @@ EVENT = VerificationProgress(
     num_standing=30,
     current="fgsm",
     num_current=40,
+    current_fraction=0.625,
     stages=(
         StageProgress(name="clean", num_tried=50, num_fooled=10, duration_seconds=1.0),
         StageProgress(name="fgsm", num_tried=40, num_fooled=10, duration_seconds=61.0),
