@@ -1,5 +1,7 @@
 """`robust-compress gate`: is this student robust enough to ship?"""
 
+import shlex
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,6 +13,7 @@ from cli.output import Output
 from compressor.errors import InterruptedRunError, UsageError
 
 if TYPE_CHECKING:
+    from compressor.gate.plan import RulePlan
     from compressor.gate.policy import GatePolicy
     from compressor.gate.result import GateResult
 
@@ -59,8 +62,14 @@ def gate(
         bool, typer.Option("--plan", help="Say how many images a decision will need, and end.")
     ] = False,
     assume: Annotated[
-        float, typer.Option(min=0, max=1, help="With --plan and no report: the true accuracy.")
-    ] = 0.45,
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            help="With --plan: the accuracy of what no report has measured [default: each limit "
+            "and 5 points].",
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Judge a report by a policy: PASS (0), FAIL (3), INCONCLUSIVE (6), INVALID (7).
@@ -156,7 +165,7 @@ def _attack(
 
 
 def _plan(
-    target: Path | None, policy: "GatePolicy", *, assumed_accuracy: float, output: Output
+    target: Path | None, policy: "GatePolicy", *, assumed_accuracy: float | None, output: Output
 ) -> None:
     from cli.gate_display import print_plan
     from compressor.gate.input import read_gated_report
@@ -164,11 +173,20 @@ def _plan(
 
     report = None if target is None else read_gated_report(target)
     plans = plan_rules(policy, report=report, assumed_accuracy=assumed_accuracy)
-    cost = image_cost(report, accuracy=assumed_accuracy)
+    cost = image_cost(report, accuracy=min((p.assumed_accuracy for p in plans), default=0.0))
     output.result({"rules": [asdict(plan) for plan in plans], "cost_per_image": asdict(cost)})
     print_plan(plans, cost, output)
     if report is None and policy.per_class != type(policy.per_class)():
         output.say("per_class is not planned: a report is needed, for the number of classes.")
+    output.next_command(_next_of_plan(target, plans))
+
+
+def _next_of_plan(target: Path | None, plans: "Sequence[RulePlan]") -> str:
+    run = shlex.quote(str(target)) if target is not None and target.is_dir() else "RUN"
+    needed = [plan.num_fixed for plan in plans]
+    if not needed or None in needed:
+        return f"robust-compress verify {run}"
+    return f"robust-compress verify {run} --samples {max(n for n in needed if n is not None)}"
 
 
 def _write(

@@ -81,13 +81,17 @@ def _print_cost(num_images: int, cost: "ImageCost", output: Output) -> None:
 
 
 def _print_reasons(result: "GateResult", output: Output) -> None:
-    """Checks and rules that did not pass, in full."""
+    """Checks and rules that did not pass, in full; then the checks that say nothing."""
     for check in result.checks:
-        if check.status != "passed":
+        if check.status not in {"passed", "not run"}:
             output.say(f"\n{check.name} ({check.status}): {check.message}")
     for rule in result.rules:
         if rule.verdict not in {"pass", "not judged"}:
             output.say(f"\n{rule.rule} ({rule.verdict}): {rule.message}")
+    not_run = [(check.name, check.message) for check in result.checks if check.status == "not run"]
+    if not_run:
+        output.say("")
+        output.not_run(not_run)
 
 
 def _print_comparison(comparison: "Comparison", output: Output) -> None:

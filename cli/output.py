@@ -27,6 +27,12 @@ class Output:
         """A line that stands out."""
         self.console.print(f"\n{text}", style="bold", markup=False)
 
+    def not_run(self, checks: Sequence[tuple[str, str]]) -> None:
+        """(check, why it was not run): one line per reason, as many share one."""
+        for reason in dict.fromkeys(reason for _, reason in checks):
+            names = ", ".join(name for name, its_reason in checks if its_reason == reason)
+            self.say(f"Not run: {names}: {reason}.")
+
     def table(self, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """A table for people; the first column is text, the others are numbers."""
         table = Table(box=None, pad_edge=False, header_style="bold")

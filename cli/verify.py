@@ -203,6 +203,7 @@ def _print_validity(report: "RobustnessReport", output: Output) -> None:
     output.say(f"Checks of the evaluation itself: {counts}, {len(by_status['not_run'])} not run")
     for row in by_status["alarm"]:
         output.say(f"  ALARM {row.name}: {row.found}; {row.threshold}. {row.advice}")
+    output.not_run([(row.name, row.advice) for row in by_status["not_run"]])
 
 
 def print_cost(report: "RobustnessReport", output: Output) -> None:

@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import settings
 
 from compressor.architectures.tiny import build_tiny
+from compressor.performance_settings import PerformanceSettings
 from compressor.proportions import Proportion
+from compressor.recipe_file import parse_recipe
 from compressor.reports.report import (
     AttackRow,
     CostRow,
@@ -19,6 +22,9 @@ from compressor.reports.report import (
     ValidityRow,
 )
 from compressor.threat import ThreatModel
+from compressor.training_workflow import TrainingRequest, train
+
+CPU_SETTINGS = PerformanceSettings(device="cpu", training_dtype="float32", num_threads=1)
 
 settings.register_profile("quiet", deadline=None, database=None)
 settings.load_profile("quiet")
@@ -62,6 +68,67 @@ def make_images():
         return x_NCHW, torch.arange(num_images) % num_classes
 
     return make
+
+
+@pytest.fixture(scope="session")
+def make_trained(make_tiny):
+    """Builds a network in eval mode that tells four noisy prototypes apart, and more of these."""
+
+    def make(num_images):
+        network = make_tiny(seed=1, width=1.0)
+        generator = torch.Generator().manual_seed(2)
+        prototypes = torch.rand(4, 3, 8, 8, generator=generator) * 0.3 + 0.35
+
+        def noisy(num):
+            y = torch.arange(num) % 4
+            noise = 0.1 * torch.randn(num, 3, 8, 8, generator=generator)
+            return (prototypes[y] + noise).clamp(0, 1), y
+
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
+        for _ in range(60):
+            x, y = noisy(64)
+            optimizer.zero_grad()
+            F.cross_entropy(network(x), y).backward()
+            optimizer.step()
+        optimizer.zero_grad()
+        return network.eval(), *noisy(num_images)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def digits_table():
+    """Builds a recipe that teaches the tiny network the digits in a second."""
+
+    def make(name, *, epochs=2, **changes):
+        table = {
+            "name": name,
+            "data": {
+                "source": "digits",
+                "validation_size": 100,
+                "crop_padding_pixels": 0,
+                "horizontal_flip": False,
+            },
+            "student": {"architecture": "tiny"},
+            "method": {"name": "cross_entropy"},
+            "training": {"epochs": epochs, "batch_size": 64},
+            "selection": {"num_steps": 1},
+        }
+        return table | changes
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def train_on_digits(digits_table):
+    """Trains by such a recipe into a folder; the run."""
+
+    def run(out, *, name=None, epochs=2, **changes):
+        table = digits_table(name or out.name, epochs=epochs, **changes)
+        request = TrainingRequest(out=out, settings=CPU_SETTINGS)
+        return train(parse_recipe(table, origin="test"), request)
+
+    return run
 
 
 @pytest.fixture

@@ -25,7 +25,8 @@ def check_report(
         yield _check("white-box", "unverified", "no white-box attack was run")
     words = {"passed": "passed", "alarm": "invalid", "not_run": "not run"}
     for row in report.validity:
-        message = "; ".join(filter(None, (row.found, row.threshold, row.advice)))
+        parts = (row.found, row.threshold, row.advice)
+        message = row.advice if row.status == "not_run" else "; ".join(filter(None, parts))
         yield _check(row.name, words[row.status], message)
     yield from _threat_check(report, policy)
     yield from _protocol_check(report, policy)

@@ -15,6 +15,9 @@ from compressor.proportions import Proportion, beta_cdf
 from compressor.reports.report import RobustnessReport
 
 POWER = 0.9
+MARGIN = 0.05
+"""Assumed distance of an accuracy nobody has measured from its limit; half of what is left to 1 if
+that is less."""
 CHUNK_SIZE = 50
 """Images after which the sequential gate looks again; a twentieth of those planned if more."""
 MAX_IMAGES = 1_000_000
@@ -68,21 +71,31 @@ class Boundary:
 
 
 def plan_rules(
-    policy: GatePolicy, *, report: RobustnessReport | None, assumed_accuracy: float
+    policy: GatePolicy, *, report: RobustnessReport | None, assumed_accuracy: float | None
 ) -> list[RulePlan]:
-    """One plan a rule on an accuracy; the assumption is what the report measured, if there is one.
+    """One plan a rule on an accuracy; the assumption is what the report measured, if it did.
 
     A rule on classes needs its number of images of each class; the weakest class counts.
+
+    Args:
+        policy: the rules.
+        report: of an earlier verification.
+        assumed_accuracy: of what is not measured; None: a little above each limit, see `MARGIN`.
     """
+
+    def assumed(limit: float) -> float:
+        if assumed_accuracy is not None:
+            return assumed_accuracy
+        return min(limit + MARGIN, (1 + limit) / 2)
+
     if report is None:
-        limits = _limits(policy)
         return [
-            plan_rule(rule, limit=limit, accuracy=assumed_accuracy, confidence=policy.confidence)
-            for rule, limit in limits
+            plan_rule(rule, limit=limit, accuracy=assumed(limit), confidence=policy.confidence)
+            for rule, limit in _limits(policy)
         ]
     plans = []
     for question in accuracy_questions(report, policy):
-        accuracy = question.count.fraction if question.count else assumed_accuracy
+        accuracy = question.count.fraction if question.count else assumed(question.limit)
         plans.append(
             plan_rule(
                 question.rule,
@@ -92,8 +105,8 @@ def plan_rules(
             )
         )
     for questions in class_questions(report, policy):
-        accuracy = min(q.count.fraction if q.count else assumed_accuracy for q in questions)
         limit = questions[0].limit
+        accuracy = min(q.count.fraction if q.count else assumed(limit) for q in questions)
         fixed = images_for_power(limit=limit, accuracy=accuracy, confidence=policy.confidence)
         plans.append(
             RulePlan(

@@ -90,6 +90,7 @@ class Meter:
             duration_seconds=row.duration_seconds + outcome.duration_seconds,
         )
         self._broken |= fooled
+        self._current, self._num_current = "", 0
         self._tell(time.monotonic())
 
     def _tell(self, now: float) -> None:

@@ -7,6 +7,7 @@ installed apart, because it brings a package `robustbench` that is not RobustBen
 """
 
 import argparse
+import copy
 import importlib.metadata
 import platform
 import sys
@@ -136,7 +137,7 @@ def torchattacks(network: nn.Module, *, num_classes: int) -> Engine:
     from torchattacks import APGD, APGDT, FAB, MultiAttack, Square
 
     def run(batch: Batch, split: TestSplit, places: Tensor) -> Measured:
-        counter = Counter(network)
+        counter = Counter(network).eval()  # or it "restores" training mode after each attack
         # It looks for a parameter to find the device.
         counter.register_parameter("device", nn.Parameter(torch.zeros(1)))
         eps = THREAT.epsilon_pixels
@@ -180,15 +181,19 @@ def main() -> None:
     recipe = TeacherRecipe(role="robust", source=options.model)
     model = load_model(recipe, class_names=split.class_names, image_shape=split.image_shape)
     assert model.network is not None
-    network = model.network
+
+    def network() -> nn.Module:
+        """Its own for each engine, so that none can change that of another."""
+        return copy.deepcopy(model.network).eval()
+
     engines = {
-        "ours, fast": ours(network, performance, "fast"),
-        "pyautoattack": pyautoattack(network),
-        "ours, compat": ours(network, performance, "compat"),
+        "ours, fast": ours(network(), performance, "fast"),
+        "pyautoattack": pyautoattack(network()),
+        "ours, compat": ours(network(), performance, "compat"),
     }
     if options.torchattacks is not None:
         sys.path.insert(0, str(options.torchattacks))
-        engines["torchattacks"] = torchattacks(network, num_classes=len(split.class_names))
+        engines["torchattacks"] = torchattacks(network(), num_classes=len(split.class_names))
     wanted = {
         name: engines[name] for name in engines if name in options.engines or not options.engines
     }
@@ -201,8 +206,9 @@ def main() -> None:
         for name in names[number % len(names) :] + names[: number % len(names)]:
             one = wanted[name](batch, split, places)
             measured[name].append(one)
+            stages = ", ".join(f"{k} {v:.0f} s" for k, v in one.stage_seconds.items())
             sys.stderr.write(
-                f"chunk {number}, {name}: {sum(one.stands)} stand, {one.seconds:.0f} s\n"
+                f"chunk {number}, {name}: {sum(one.stands)} stand, {one.seconds:.0f} s {stages}\n"
             )
     table = _summary(measured)
     sys.stdout.write(markdown_table(*table) + "\n")

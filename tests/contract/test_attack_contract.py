@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
 
@@ -51,25 +50,10 @@ def with_extremes(x_NCHW):
 
 
 @pytest.fixture(scope="module")
-def trained(make_tiny):
-    """A network that tells four noisy prototypes apart, with lived-in BatchNorm statistics."""
-    network = make_tiny(seed=1, width=1.0)
-    generator = torch.Generator().manual_seed(2)
-    prototypes = torch.rand(4, 3, 8, 8, generator=generator) * 0.3 + 0.35
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
-    for _ in range(60):
-        x, y = noisy(prototypes, 64, generator)
-        optimizer.zero_grad()
-        F.cross_entropy(network(x), y).backward()
-        optimizer.step()
-    optimizer.zero_grad()
-    return network.double().eval(), *noisy(prototypes, 24, generator, dtype=torch.float64)
-
-
-def noisy(prototypes, num_images, generator, dtype=torch.float32):
-    y = torch.arange(num_images) % 4
-    noise = 0.1 * torch.randn(num_images, 3, 8, 8, generator=generator)
-    return (prototypes[y] + noise).clamp(0, 1).to(dtype), y
+def trained(make_trained):
+    """With lived-in BatchNorm statistics."""
+    network, x, y = make_trained(24)
+    return network.double(), x.double(), y
 
 
 def linear_model(num_classes=4, num_channels=3):

@@ -185,6 +185,18 @@ def test_run_folder_means_its_report(folder, capsys):
     assert "Next: robust-compress export runs --format onnx" in capsys.readouterr().out
 
 
+def test_checks_that_were_not_run_share_a_line_by_reason(folder, capsys, make_report):
+    rows = [
+        ALARM.model_copy(update={"name": name, "status": "not_run", "found": "", "advice": reason})
+        for name, reason in (("noise", "too few"), ("transfer", "no teacher"), ("other", "too few"))
+    ]
+    write_report(make_report((None,) * 500, validity=tuple(rows)), Path("sparse.json"))
+    assert call("gate sparse.json --policy gate.toml") == ExitCode.DONE
+    out = capsys.readouterr().out
+    assert "Not run: noise, other: too few.\nNot run: transfer: no teacher.\n" in out
+    assert ALARM.threshold not in out
+
+
 def test_names_are_not_markup(folder, capsys, make_report):
     report = make_report((None,) * 100, name="[red]x[/red]")
     write_report(report, Path("[bold].json"))

@@ -4,7 +4,6 @@ from copy import deepcopy
 
 import pytest
 import torch
-import torch.nn.functional as F
 from pyautoattack.fab_pt import FABAttack_PT
 from torch.testing import assert_close
 
@@ -109,30 +108,12 @@ def test_fab_is_fooled_exactly_where_a_linear_model_can_be(norm):
 
 
 @pytest.fixture(scope="module")
-def trained(make_tiny):
-    """A network that tells four noisy prototypes apart, and images that it gets right."""
-    network = make_tiny(seed=1, width=1.0)
-    generator = torch.Generator().manual_seed(2)
-    prototypes = torch.rand(4, 3, 8, 8, generator=generator) * 0.3 + 0.35
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
-    for _ in range(60):
-        x, y = noisy(prototypes, 64, generator)
-        optimizer.zero_grad()
-        F.cross_entropy(network(x), y).backward()
-        optimizer.step()
-    optimizer.zero_grad()
-    network.eval()
-    x, y = noisy(prototypes, 24, generator)
+def trained(make_trained):
+    network, x, y = make_trained(24)
     x[:, :, :2], x[:, :, -1:] = 0, 1  # where only the box holds a change back
     is_right = network(x).argmax(1) == y
     assert is_right.sum() > 12
     return network, x[is_right][:16]
-
-
-def noisy(prototypes, num_images, generator):
-    y = torch.arange(num_images) % 4
-    noise = 0.1 * torch.randn(num_images, 3, 8, 8, generator=generator)
-    return (prototypes[y] + noise).clamp(0, 1), y
 
 
 def released(model, x_NCHW, y_N, *, norm, epsilon_pixels, rank, num_steps):

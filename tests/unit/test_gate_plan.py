@@ -114,6 +114,14 @@ def test_sequential_plan_has_the_power_and_needs_few_where_it_is_clear():
     assert averages[0] < averages[1] < averages[2] <= plan.num_planned
 
 
+def test_plan_without_an_assumption_is_five_points_above_each_limit():
+    """Or half of what is left above it, so that it is never impossible."""
+    rules = policy(clean={"min_accuracy": 0.96}, worst_case={"min_accuracy": 0.4})
+    plans = plan_rules(rules, report=None, assumed_accuracy=None)
+    assert [plan.assumed_accuracy for plan in plans] == pytest.approx([0.98, 0.45])
+    assert all(plan.num_fixed is not None for plan in plans)
+
+
 def test_plan_without_a_report_assumes(make_report):
     rules = policy(clean={"min_accuracy": 0.5}, attacks={"fgsm": {"min_accuracy": 0.3}})
     plans = plan_rules(rules, report=None, assumed_accuracy=0.8)

@@ -12,35 +12,19 @@ from compressor.gate.gate import judge_live
 from compressor.gate.policy import GatePolicy, with_baseline
 from compressor.gate_workflow import CHUNK_SIZE, gate_live
 from compressor.performance_settings import PerformanceSettings
-from compressor.recipe_file import parse_recipe
 from compressor.reports.report import ValidityRow, read_report
 from compressor.run_directory import RunDirectory
-from compressor.training_workflow import TrainingRequest, train
 from compressor.verification.request import build_stages
 
 SETTINGS = PerformanceSettings(device="cpu", training_dtype="float32", num_threads=1)
-TABLE = {
-    "name": "gated",
-    "threat": {"epsilon_pixels": "64/255"},
-    "data": {
-        "source": "digits",
-        "validation_size": 100,
-        "crop_padding_pixels": 0,
-        "horizontal_flip": False,
-    },
-    "student": {"architecture": "tiny"},
-    "method": {"name": "cross_entropy"},
-    "training": {"epochs": 3, "batch_size": 64},
-    "selection": {"num_steps": 1},
-}
 NUM_TEST_IMAGES = 497
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(tmp_path_factory, train_on_digits):
     """Knows digits, and falls to any attack, so that the whole cascade is quick."""
     out = tmp_path_factory.mktemp("runs") / "gated"
-    return train(parse_recipe(TABLE, origin="test"), TrainingRequest(out=out, settings=SETTINGS))
+    return train_on_digits(out, epochs=3, threat={"epsilon_pixels": "64/255"})
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-import torch.nn.functional as F
 from pyautoattack.square import SquareAttack
 from torch.testing import assert_close
 
@@ -49,28 +48,10 @@ def curved_model(image_shape, *, num_classes=6):
 
 
 @pytest.fixture(scope="module")
-def trained(make_tiny):
-    """A network that tells four noisy prototypes apart, and images that it gets right."""
-    network = make_tiny(seed=1, width=1.0)
-    generator = torch.Generator().manual_seed(2)
-    prototypes = torch.rand(4, 3, 8, 8, generator=generator) * 0.3 + 0.35
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
-    for _ in range(60):
-        x, y = noisy(prototypes, 64, generator)
-        optimizer.zero_grad()
-        F.cross_entropy(network(x), y).backward()
-        optimizer.step()
-    optimizer.zero_grad()
-    network.eval()
-    x, y = noisy(prototypes, 28, generator)
+def trained(make_trained):
+    network, x, y = make_trained(28)
     is_right = network(x).argmax(1) == y
     return network, x[is_right], y[is_right]
-
-
-def noisy(prototypes, num_images, generator):
-    y = torch.arange(num_images) % 4
-    noise = 0.1 * torch.randn(num_images, 3, 8, 8, generator=generator)
-    return (prototypes[y] + noise).clamp(0, 1), y
 
 
 def reference_points(model, x, y, *, norm, num_queries, seed):

@@ -20,29 +20,19 @@ from compressor.errors import (
 from compressor.networks import NetworkSpec, build_classifier
 from compressor.performance_settings import PerformanceSettings
 from compressor.recipe import DataRecipe
-from compressor.recipe_file import parse_recipe
 from compressor.run_directory import RunDirectory
-from compressor.training_workflow import TrainingRequest, train
 from compressor.verification.target import load_target, open_target
 from compressor.weights import sha256_of_file
 from exporters.workflow import export_run
 
 SETTINGS = PerformanceSettings(device="cpu", training_dtype="float32", num_threads=1)
-TABLE = {
-    "name": "mine",
-    "data": {"source": "digits", "validation_size": 50},
-    "student": {"architecture": "tiny", "width": 0.5},
-    "method": {"name": "cross_entropy"},
-    "training": {"epochs": 1, "batch_size": 300},
-    "selection": {"num_steps": 1},
-}
+STUDENT = {"architecture": "tiny", "width": 0.5}
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(tmp_path_factory, train_on_digits):
     out = tmp_path_factory.mktemp("target") / "the-run"
-    recipe = parse_recipe(TABLE, origin="test")
-    run = train(recipe, TrainingRequest(out=out, settings=SETTINGS))
+    run = train_on_digits(out, name="mine", epochs=1, student=STUDENT)
     export_run(run, settings=SETTINGS)
     return run
 
@@ -185,11 +175,9 @@ def test_a_source_is_for_files_only(run, weights, kind):
         open_target(str(path), source=str(run.path))
 
 
-def test_another_source_is_refused(run, split, tmp_path):
+def test_another_source_is_refused(run, split, tmp_path, train_on_digits):
     """A robust stranger as the source would lend its robustness to a fragile file."""
-    other = tmp_path / "other"
-    recipe = parse_recipe(TABLE | {"seed": 1}, origin="test")
-    stranger = train(recipe, TrainingRequest(out=other, settings=SETTINGS))
+    stranger = train_on_digits(tmp_path / "other", epochs=1, student=STUDENT, seed=1)
     target = open_target(str(run.onnx("fp32")), source=str(stranger.path))
     with pytest.raises(ArtefactMismatchError, match="was exported from weights with SHA-256"):
         load_target(target, split)

@@ -26,36 +26,20 @@ from compressor.recipe_file import parse_recipe
 from compressor.reports.report import ValidityRow, read_report
 from compressor.run_directory import RunDirectory
 from compressor.threat import ThreatModel
-from compressor.training_workflow import TrainingRequest, train
 from compressor.verification.request import VerificationRequest, prepare
 from compressor.verification_workflow import verify
 from compressor.weights import sha256_of_file
 from exporters.workflow import export_run
 
 SETTINGS = PerformanceSettings(device="cpu", training_dtype="float32", num_threads=1)
-TABLE = {
-    "name": "verified",
-    "threat": {"epsilon_pixels": "48/255"},
-    "data": {
-        "source": "digits",
-        "validation_size": 100,
-        "crop_padding_pixels": 0,
-        "horizontal_flip": False,
-    },
-    "student": {"architecture": "tiny"},
-    "method": {"name": "cross_entropy"},
-    "training": {"epochs": 2, "batch_size": 64},
-    "selection": {"num_steps": 1},
-}
 SOME = ("fgsm", "pgd_sat", "apgd_ce")
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(tmp_path_factory, train_on_digits):
     """Knows digits, and is so fragile at its epsilon that the whole cascade is quick."""
     out = tmp_path_factory.mktemp("runs") / "verified"
-    recipe = parse_recipe(TABLE, origin="test")
-    run = train(recipe, TrainingRequest(out=out, settings=SETTINGS))
+    run = train_on_digits(out, threat={"epsilon_pixels": "48/255"})
     export_run(run, settings=SETTINGS)
     return run
 
@@ -602,7 +586,7 @@ def test_images_of_another_kind_are_refused(copy, fact, value):
         verify(request_for(copy.path))
 
 
-def test_test_images_of_another_size_are_refused_before_training(tmp_path):
+def test_test_images_of_another_size_are_refused_before_training(tmp_path, train_on_digits):
     for part, side in (("train", 8), ("test", 16)):
         for name in ("a", "b"):
             folder = tmp_path / "data" / part / name
@@ -610,9 +594,8 @@ def test_test_images_of_another_size_are_refused_before_training(tmp_path):
             for number in range(10):
                 Image.new("L", (side, side), number * 20).save(folder / f"{number}.png")
     data = {"source": f"imagefolder:{tmp_path / 'data'}", "validation_size": 4}
-    recipe = parse_recipe({**TABLE, "data": data, "training": {"batch_size": 8}}, origin="test")
     with pytest.raises(DataError, match="the test images have 2 classes and shape"):
-        train(recipe, TrainingRequest(out=tmp_path / "run", settings=SETTINGS))
+        train_on_digits(tmp_path / "run", data=data, training={"batch_size": 8})
     assert not (tmp_path / "run").exists()
 
 
@@ -626,7 +609,7 @@ def test_selection_reaches_as_far_with_any_number_of_steps(num_steps):
     assert attack.num_steps * attack.step_size_pixels > attack.threat.epsilon_pixels
 
 
-def test_inner_attack_of_default_steps_must_reach_the_border_too():
-    table = {**TABLE, "method": {"name": "pgd_at", "attack": {"num_steps": 1}}}
+def test_inner_attack_of_default_steps_must_reach_the_border_too(digits_table):
+    table = digits_table("weak", method={"name": "pgd_at", "attack": {"num_steps": 1}})
     with pytest.raises(RecipeError, match="weaker attacker than the threat says"):
         parse_recipe(table, origin="test")

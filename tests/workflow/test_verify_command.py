@@ -17,29 +17,13 @@ import cli.main
 from cli.output import Output
 from cli.verification_display import verification_display
 from compressor.performance_settings import PerformanceSettings
-from compressor.recipe_file import parse_recipe
 from compressor.reports.report import ValidityRow, read_report
-from compressor.training_workflow import TrainingRequest, train
 from compressor.verification.progress import StageProgress, VerificationProgress
 from compressor.verification.request import VerificationRequest
 from compressor.verification_workflow import verify
 from exporters.workflow import export_run
 
 SETTINGS = PerformanceSettings(device="cpu", training_dtype="float32", num_threads=1)
-TABLE = {
-    "name": "mine",
-    "threat": {"epsilon_pixels": "48/255"},
-    "data": {
-        "source": "digits",
-        "validation_size": 100,
-        "crop_padding_pixels": 0,
-        "horizontal_flip": False,
-    },
-    "student": {"architecture": "tiny"},
-    "method": {"name": "cross_entropy"},
-    "training": {"epochs": 2, "batch_size": 64},
-    "selection": {"num_steps": 1},
-}
 ALARM = ValidityRow(
     name="planted_alarm",
     status="alarm",
@@ -53,10 +37,9 @@ QUICK = "--samples 30 --threads 1"
 
 
 @pytest.fixture(scope="module")
-def materials(tmp_path_factory):
+def materials(tmp_path_factory, train_on_digits):
     folder = tmp_path_factory.mktemp("materials")
-    recipe = parse_recipe(TABLE, origin="test")
-    run = train(recipe, TrainingRequest(out=folder / "run", settings=SETTINGS))
+    run = train_on_digits(folder / "run", name="mine", threat={"epsilon_pixels": "48/255"})
     export_run(run, settings=SETTINGS)
     request = VerificationRequest(
         target=str(run.path), settings=SETTINGS, folder=folder / "expected"
@@ -290,6 +273,7 @@ def test_numbers_come_with_their_n_and_interval(folder, capsys):
     assert f"worst case {share} {interval}" in out
     assert f"VERIFIED, {share} of 30 images stand: all 30 images" in out
     assert "Worst case: worst of fgsm, pgd_sat. Accuracy under attack is an upper bound" in out
+    assert re.search(r"Not run: noise, [a-z_, ]*: the attacks that were run do not include", out)
 
 
 # Targets

@@ -21,30 +21,17 @@ NUM_CHUNKS, STAGES = 15, ("clean", "fgsm", "pgd_sat", "apgd_ce")
 NUM_LINES = 1 + NUM_CHUNKS * len(STAGES)
 OPTIONS = ("--samples", str(6 * NUM_CHUNKS), "--batch-size", "6", "--epsilon", "32/255")
 COMMAND = ("verify", "run", *OPTIONS, "--attacks", ",".join(STAGES[1:]), "--threads", "1")
-TABLE = {
-    "name": "killed",
-    "data": {"source": "digits", "validation_size": 50, "crop_padding_pixels": 0},
-    "student": {"architecture": "tiny", "width": 0.5},
-    "method": {"name": "cross_entropy"},
-    "training": {"epochs": 2, "batch_size": 64},
-    "selection": {"num_steps": 1},
-}
 
 
 # The part of the tests -------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, train_on_digits):
     """Where a run lies, verified undisturbed, killed and interrupted."""
-    from compressor.performance_settings import PerformanceSettings
-    from compressor.recipe_file import parse_recipe
-    from compressor.training_workflow import TrainingRequest, train
-
     folder = tmp_path_factory.mktemp("verified")
-    settings = PerformanceSettings(device="cpu", training_dtype="float32", num_threads=1)
-    recipe = parse_recipe(TABLE, origin="test")
-    train(recipe, TrainingRequest(out=folder / "run", settings=settings))
+    student = {"architecture": "tiny", "width": 0.5}
+    train_on_digits(folder / "run", name="killed", student=student)
     checkout = str(Path(__file__).parents[2])
     result = subprocess.run(
         [sys.executable, __file__],
@@ -52,7 +39,7 @@ def folder(tmp_path_factory):
         env={**os.environ, "PYTHONPATH": checkout, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
     )
     assert result.returncode == 0, result.stderr
