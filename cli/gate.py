@@ -1,7 +1,7 @@
 """`robust-compress gate`: is this student robust enough to ship?"""
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -82,6 +82,21 @@ def gate(
 
     if policy_path is None:
         raise UsageError("--policy FILE is missing; start from examples/gate.toml")
+    files = {"--out": out, "--junit": junit, "--sarif": sarif, "--summary": summary}
+    of_live: dict[str, object] = {
+        "--samples": samples,
+        "--max-seconds": max_seconds,
+        "--data": data,
+        "--device": None if device == "auto" else device,
+        "--threads": threads,
+    }
+    if plan:
+        idle = {"--live": live or None, **of_live, **files}
+        _refuse_idle(idle, "--plan, which attacks nothing and writes no file; leave out either")
+    elif not live:
+        _refuse_idle(of_live, "a report, which is judged as it is; add --live to attack")
+    if not plan:
+        _refuse_idle({"--assume": assume}, "a verdict; add --plan")
     policy = _policy(policy_path, baseline=baseline, inconclusive=inconclusive)
     output = Output(as_json=as_json)
     if plan:
@@ -89,8 +104,6 @@ def gate(
         return
     if target is None:
         raise UsageError("which REPORT or RUN? Only --plan does without one")
-    if not live and (samples is not None or max_seconds is not None):
-        raise UsageError("--samples and --max-seconds are for --live; a report is judged as it is")
     if live:
         result = _attack(
             target,
@@ -108,6 +121,13 @@ def gate(
     output.result(result.model_dump(mode="json", by_alias=True))
     print_result(result, target=target, policy_path=policy_path, output=output)
     raise typer.Exit(result.exit_code)
+
+
+def _refuse_idle(options: Mapping[str, object], purpose: str) -> None:
+    """Refuse the options that were given: whoever gave them expected an effect."""
+    given = [name for name, value in options.items() if value is not None]
+    if given:
+        raise UsageError(f"{', '.join(given)} would have no effect on {purpose}")
 
 
 def _policy(path: Path, *, baseline: Path | None, inconclusive: str | None) -> "GatePolicy":

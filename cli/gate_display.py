@@ -22,8 +22,7 @@ _DOUBTFUL = "bold yellow"
 def print_result(result: "GateResult", *, target: Path, policy_path: Path, output: Output) -> None:
     """Verdict, one line per rule, why it is not a pass, what broke, and what to type next."""
     style = _STYLES.get(result.verdict, _DOUBTFUL)
-    of_planned = f" of {result.num_planned} planned" * (result.num_images < result.num_planned)
-    line = f"{result.verdict.upper()}  {result.name}, n = {result.num_images}{of_planned} images"
+    line = f"{result.verdict.upper()}  {result.name}, n = {result.images}"
     output.console.print(line, style=style, markup=False)
     if result.verdict == "inconclusive" and result.exit_code == 0:
         warning = "WARNING: nothing was decided; exit code 0, as the policy says `warn`."

@@ -46,7 +46,8 @@ def verify(
     ] = None,
     norm: Annotated[str | None, typer.Option(help="linf or l2 [default: that of the run].")] = None,
     samples: Annotated[
-        int | None, typer.Option(min=1, help="A class-balanced part of the test images.")
+        int | None,
+        typer.Option(min=1, help="A random part of the images, classes in proportion."),
     ] = None,
     max_seconds: Annotated[
         float | None, typer.Option(min=1, help="Stop the attacks after this; exit code 6.")
@@ -165,21 +166,23 @@ def _print_report(report: "RobustnessReport", output: Output) -> None:
 
     threat = ThreatModel(norm=report.norm, epsilon_pixels=report.epsilon_pixels)
     output.title(f"{report.name}: {threat}, n = {report.clean.num_total} test images")
+    is_believed = report.status in {"verified", "incomplete"}
     rows = [["clean", *_count_cells(report.clean), "", ""]]
     for attack in report.attacks:
         tried = f"{attack.num_broken} of {attack.num_tried}"
-        own = attack.accuracy
+        own = attack.accuracy if is_believed else None
         shown = _count_cells(own) if own else ("", "")
         w_robust = f"{100 * w_robust_fraction(report.clean, own):.2f} %" if own else ""
         rows.append([attack.name, *shown, w_robust, tried])
-    if report.worst_case is not None and report.status != "invalid":
+    if report.worst_case is not None and is_believed:
         worst = f"{100 * w_robust_fraction(report.clean, report.worst_case):.2f} %"
         rows.append(["worst case", *_count_cells(report.worst_case), worst, ""])
     output.table(("images", "accuracy", "95 % interval", "W-Robust", "newly broken"), rows)
-    output.say(f"Worst case: {report.protocol}. {report.caveat}")
+    if is_believed:
+        output.say(f"Worst case: {report.protocol}. {report.caveat}")
     _print_validity(report, output)
     word = report.status.upper()
-    if report.worst_case is not None and report.status in ("verified", "incomplete"):
+    if report.worst_case is not None and is_believed:
         word += f", {percent(report.worst_case)} of {report.worst_case.num_total} images stand"
     output.title(f"{word}: {report.status_reason}")
     if report.cost:

@@ -23,7 +23,7 @@ from compressor.image_storage import ImageStorage, store_images
 from compressor.performance_settings import PerformanceSettings
 from compressor.randomness import Stream, permutation, sample_keys, uniform
 from compressor.recipe import DataRecipe
-from compressor.sample_order import balanced_order
+from compressor.sample_order import balanced_order, proportional_order
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -52,6 +52,8 @@ class _Split:
     """int64, on the device, in the order of `index_N`."""
     index_sha256: str
     """Hash of `index_N` as little-endian int64."""
+    num_available: int
+    """Images of the source's part, of which these are all or some."""
     content_sha256: str
     """Hash of all images and labels of the source's part."""
     storage: ImageStorage
@@ -132,14 +134,15 @@ def load_test_split(
     num_images: int | None = None,
     seed: int = 0,
 ) -> TestSplit:
-    """The test images, or a class-balanced random part of them.
+    """The test images, or a random part of them with the classes in proportion.
+
+    So an accuracy of the part estimates that of all, whatever the shares of the classes.
 
     Args:
         recipe: Names the source.
         settings: Whether images are cached, and how much memory they may take.
         device: Where batches will be.
-        num_images: Size of the part; None for all. A class that has too few images gives all
-            of them, and the others give more.
+        num_images: Size of the part; None for all.
         seed: Decides which images are in the part.
 
     Raises:
@@ -153,7 +156,7 @@ def load_test_split(
             f"ask for 1 to {len(labels_N)}"
         )
     keys_N = sample_keys(torch.arange(len(labels_N)), seed=seed)
-    chosen = balanced_order(labels_N, uniform(keys_N, stream=Stream.SUBSET))[:num_images]
+    chosen = proportional_order(labels_N, uniform(keys_N, stream=Stream.SUBSET))[:num_images]
     storage = store_images(source, settings=settings, device=device)
     return _split(TestSplit, source, storage, name="test", index_N=chosen, device=device)
 
@@ -281,6 +284,7 @@ def _split(
         index_N=rising_N.to(device),
         labels_N=torch.tensor(source.labels)[rising_N].to(device),
         index_sha256=hashlib.sha256(rising_N.numpy().astype("<i8").tobytes()).hexdigest(),
+        num_available=len(source.labels),
         content_sha256=source.content_sha256,
         storage=storage,
     )

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from compressor.attacks.gradients import in_parts
 from compressor.attacks.stages import is_autoattack, protocol_of
 from compressor.environment import describe_environment
 from compressor.errors import BudgetSpentError, RunError
@@ -118,6 +119,7 @@ def conclude(
     """
     validity: tuple[ValidityRow, ...] = ()
     curve: tuple[CurvePoint, ...] = ()
+    subject = _in_parts(subject, max_rows=prepared.plan.batch_size)
     if prepared.stages:
         tell("checking that the evaluation can be believed")
         validity = check_verification(prepared, subject, found)
@@ -160,6 +162,7 @@ def describe(
             class_names=prepared.split.class_names,
             content_sha256=prepared.split.content_sha256,
             index_sha256=prepared.split.index_sha256,
+            num_available=prepared.split.num_available,
             num_planned=found.num_planned,
         ),
         clean=count_standing(found.samples, after=()),
@@ -180,7 +183,7 @@ def _write(
     report: RobustnessReport, prepared: Prepared, subject: Subject, found: Verification
 ) -> ReportFiles:
     """The JSON last: where it is, the others are too."""
-    files = _apart(prepared.files, report)
+    files = _make_room(prepared.files, report)
     gallery = choose_gallery(prepared.split, prepared.plan, found, answer=subject.answer)
     run = prepared.target.run
     curves = read_metrics(run) if run is not None else []
@@ -191,19 +194,29 @@ def _write(
     return files
 
 
-def _apart(files: ReportFiles, report: RobustnessReport) -> ReportFiles:
-    """These files, or others of the same folder if these hold what `report` must not replace.
+def _in_parts(subject: Subject, *, max_rows: int) -> Subject:
+    """The checks take more images at once than a chunk may have where images are large."""
+    return Subject(
+        answer=in_parts(subject.answer, max_rows=max_rows),
+        float32=in_parts(subject.float32, max_rows=max_rows),
+        search_dtype=in_parts(subject.search_dtype, max_rows=max_rows),
+    )
 
-    That is a report of another model or of other images, or a complete one while `report` is of a
-    verification that ended early.
+
+def _make_room(files: ReportFiles, report: RobustnessReport) -> ReportFiles:
+    """Where `report` goes, so that it replaces nothing but an older report of its own.
+
+    A report of another model or of other images is moved aside: what was verified last is what a
+    gate finds. A complete one stays if `report` is of a verification that ended early.
     """
     try:
         there = read_report(files.json)
     except RunError:
         return files  # nothing, or nothing that can be read any more
-    target, data = report.target, report.data
-    if (target, data.content_sha256) != (there.target, there.data.content_sha256):
-        return files.labelled(target.sha256[:8], data.content_sha256[:8])
+    target, data = there.target, there.data
+    if (target, data.content_sha256) != (report.target, report.data.content_sha256):
+        files.move_to(files.labelled(target.sha256[:8], data.content_sha256[:8]))
+        return files
     is_worth_less = report.looks == "one" and not report.is_complete and there.is_complete
     return files.labelled("incomplete") if is_worth_less else files
 

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from hypothesis import settings
 
 from compressor.architectures.tiny import build_tiny
+from compressor.attacks.stages import protocol_of
 from compressor.performance_settings import PerformanceSettings
 from compressor.proportions import Proportion
 from compressor.recipe_file import parse_recipe
@@ -143,7 +144,10 @@ def threat():
 
 @pytest.fixture(scope="session")
 def make_report():
-    """Builds a report that agrees with itself: 4 classes; image i is broken by `broken_by[i]`."""
+    """Builds a report that agrees with itself: 4 classes; image i is broken by `broken_by[i]`.
+
+    The protocol is that of the attacks, unless it is given.
+    """
 
     def make(broken_by=(None,) * 5 + ("pgd_sat",) * 3 + ("clean",) * 2, **changes):
         num = len(broken_by)
@@ -151,7 +155,7 @@ def make_report():
         wrong = [None if b is None else (y + 1) % 4 for b, y in zip(broken_by, labels, strict=True)]
         standing = num - broken_by.count("clean")
         clean, rows = _count(standing, num), []
-        for name in ("pgd_sat", "apgd_t", "square"):
+        for name in ("pgd_sat", "apgd_t", "square", "apgd_ce", "fab_t"):
             tried, broken = standing, broken_by.count(name)
             standing -= broken
             rows.append(
@@ -168,11 +172,12 @@ def make_report():
                     duration_seconds=1.5,
                 )
             )
+        names = [row.name for row in changes.get("attacks", rows)]
         values = {
             "name": "tiny",
             "status": "verified",
             "status_reason": "all images went through all attacks",
-            "protocol": "AutoAttack-style",
+            "protocol": protocol_of(names, "fast") if names else "no attack",
             "target": TargetFacts(
                 kind="run", architecture="tiny, width 1", sha256="b" * 64, source_sha256=None
             ),
@@ -184,6 +189,7 @@ def make_report():
                 class_names=("zero", "one", "two", "three"),
                 content_sha256="e" * 64,
                 index_sha256="f" * 64,
+                num_available=max(num, 1000),
                 num_planned=num,
             ),
             "clean": clean,

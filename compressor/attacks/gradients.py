@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from compressor.attacks.protocol import Model, Objective
 
@@ -44,3 +45,20 @@ def input_gradient(
 ) -> Tensor:
     """Gradient of each example's objective with respect to its image, shape of `x_NCHW`."""
     return evaluate(model, x_NCHW, targets, objective=objective).gradient_NCHW
+
+
+def in_parts(model: Model, *, max_rows: int) -> Model:
+    """The same function; no more than `max_rows` images are in memory at once.
+
+    Where a gradient is asked for, a part is computed again on the way back.
+    """
+
+    def answer(x_NCHW: Tensor) -> Tensor:
+        if len(x_NCHW) <= max_rows:
+            return model(x_NCHW)
+        parts = torch.split(x_NCHW, max_rows)
+        if torch.is_grad_enabled() and x_NCHW.requires_grad:
+            return torch.cat([checkpoint(model, part, use_reentrant=False) for part in parts])
+        return torch.cat([model(part) for part in parts])
+
+    return answer

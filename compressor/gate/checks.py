@@ -6,7 +6,7 @@ best. Needs no torch.
 
 from collections.abc import Iterator
 
-from compressor.gate.paired import mismatch
+from compressor.gate.paired import Asked, mismatch
 from compressor.gate.policy import GatePolicy
 from compressor.gate.result import CheckResult
 from compressor.reports.report import RobustnessReport
@@ -28,31 +28,46 @@ def check_report(
         parts = (row.found, row.threshold, row.advice)
         message = row.advice if row.status == "not_run" else "; ".join(filter(None, parts))
         yield _check(row.name, words[row.status], message)
-    yield from _threat_check(report, policy)
-    yield from _protocol_check(report, policy)
+    yield from check_question(Asked.of(report), policy, baseline)
+
+
+def check_question(
+    asked: Asked, policy: GatePolicy, baseline: RobustnessReport | None
+) -> Iterator[CheckResult]:
+    """Whether a verification answers what the policy asks, and can be compared as it asks."""
+    yield from _threat_check(asked, policy)
+    yield from _data_check(asked, policy)
+    yield from _protocol_check(asked, policy)
     if baseline is not None:
-        problem = mismatch(report, baseline)
+        problem = mismatch(asked, baseline)
         found = "same images, threat and protocol"
         yield _check("baseline", "invalid" if problem else "passed", problem or found)
 
 
-def _threat_check(report: RobustnessReport, policy: GatePolicy) -> Iterator[CheckResult]:
+def _threat_check(asked: Asked, policy: GatePolicy) -> Iterator[CheckResult]:
     if policy.threat is None:
         return
-    norm, epsilon = policy.threat.norm, policy.threat.epsilon
-    is_same = report.norm == norm and report.epsilon_pixels >= epsilon - _EPSILON_SLACK
-    found = ThreatModel(norm=report.norm, epsilon_pixels=report.epsilon_pixels)
-    wanted = ThreatModel(norm=norm, epsilon_pixels=epsilon)
-    message = f"the report is about {found}, the policy asks for at least {wanted}"
+    found = asked.threat
+    wanted = ThreatModel(norm=policy.threat.norm, epsilon_pixels=policy.threat.epsilon)
+    is_large = found.epsilon_pixels >= wanted.epsilon_pixels - _EPSILON_SLACK
+    is_same = found.norm == wanted.norm and is_large
+    message = f"the attacks were allowed {found}, the policy asks for at least {wanted}"
     yield _check("threat", "passed" if is_same else "invalid", message)
 
 
-def _protocol_check(report: RobustnessReport, policy: GatePolicy) -> Iterator[CheckResult]:
-    if policy.worst_case is None:
+def _data_check(asked: Asked, policy: GatePolicy) -> Iterator[CheckResult]:
+    if policy.data is None:
         return
-    wanted = policy.worst_case.protocol
-    status = "passed" if report.protocol.startswith(wanted) else "unverified"
-    message = f"the protocol is {report.protocol!r}, the policy asks for {wanted!r}"
+    found, wanted = asked.content_sha256, policy.data.content_sha256
+    message = f"the images have content_sha256 {found}, the policy asks for {wanted}"
+    yield _check("data", "passed" if policy.data.is_about(found) else "invalid", message)
+
+
+def _protocol_check(asked: Asked, policy: GatePolicy) -> Iterator[CheckResult]:
+    if not policy.judges_worst_case:
+        return
+    message = f"the protocol is {asked.protocol!r}, the policy asks for {policy.protocol!r}"
+    status = "passed" if policy.accepts_protocol(asked.protocol) else "unverified"
     yield _check("protocol", status, message)
 
 

@@ -18,6 +18,7 @@ from compressor.gate.result import (
     CheckResult,
     GateResult,
     GateVerdict,
+    ImageFacts,
     RuleResult,
     exit_code_of,
 )
@@ -69,6 +70,11 @@ def judge(
         report_status=report.status,
         num_images=report.clean.num_total,
         num_planned=report.data.num_planned,
+        data=ImageFacts(
+            source=report.data.source,
+            content_sha256=report.data.content_sha256,
+            index_sha256=report.data.index_sha256,
+        ),
         policy=policy,
         checks=checks,
         rules=tuple(map(_not_judged, rules)) if bars else rules,
@@ -89,14 +95,15 @@ def decide_live(
     """What the images attacked so far decide; ask after every chunk, then report by `judge_live`.
 
     `report` holds all finished images. They must be a random part, and each must have gone
-    through the whole cascade. The gate passes early only if the rules that need no sampling, and
-    the comparison with the baseline, pass too.
+    through the whole cascade; `check_question` must have passed. The gate passes early only if the
+    rules that need no sampling, and the comparison with the baseline, pass too.
     """
     decision = decide(looks(report, policy), confidence=policy.confidence)
     if decision.verdict != "pass":
         return decision
     result = judge_live(report, policy, baseline=baseline)
-    may_change = result.verdict == "inconclusive" and report.status == "incomplete"
+    # invalid: no image in common with the baseline so far; what else it can be was asked before
+    may_change = result.verdict in {"inconclusive", "invalid"} and report.status == "incomplete"
     verdict: Ending = "inconclusive"
     if result.verdict in {"pass", "fail"}:
         verdict = "pass" if result.verdict == "pass" else "fail"

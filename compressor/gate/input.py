@@ -1,8 +1,9 @@
 """Reports from strangers: read, and refused where nobody could judge them. Needs no torch."""
 
+import hashlib
 from pathlib import Path
 
-from compressor.errors import RunError
+from compressor.errors import ArtefactMismatchError, RunError
 from compressor.gate.policy import GatePolicy
 from compressor.reports.report import RobustnessReport, read_report
 from compressor.run_directory import RunDirectory
@@ -16,9 +17,11 @@ def read_gated_report(path: Path) -> RobustnessReport:
 
     Raises:
         RunError: if there is none, or if it is damaged or contradicts itself.
+        ArtefactMismatchError: if the weights of the run are not those that were verified.
     """
-    if path.is_dir():
-        path = RunDirectory(path).report().json
+    run = RunDirectory(path) if path.is_dir() else None
+    if run is not None:
+        path = run.report().json
     if not path.exists():
         raise RunError(f"{path} does not exist; make it with `robust-compress verify RUN`")
     try:
@@ -27,10 +30,22 @@ def read_gated_report(path: Path) -> RobustnessReport:
         raise RunError(f"{path} is not a report: {error}; {_AGAIN}") from None
     if not 0 < report.epsilon_pixels <= _LARGEST_EPSILON[report.norm]:
         raise RunError(f"{path}: epsilon_pixels is {report.epsilon_pixels:g}; {_AGAIN}")
+    if run is not None and run.model.exists() and report.target.kind == "run":
+        _refuse_other_weights(run, report)
     names = report.data.class_names
     if len(set(names)) != len(names):
         raise RunError(f"{path}: two classes have the same name; {_AGAIN}")
     return report
+
+
+def _refuse_other_weights(run: RunDirectory, report: RobustnessReport) -> None:
+    with run.model.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    if sha256 != report.target.sha256:
+        raise ArtefactMismatchError(
+            f"{run.report().json} is about weights with SHA-256 {report.target.sha256[:12]}, "
+            f"{run.model} has {sha256[:12]}; {_AGAIN}"
+        )
 
 
 def read_baseline(policy: GatePolicy) -> RobustnessReport | None:

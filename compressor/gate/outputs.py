@@ -45,7 +45,7 @@ _ID_OF_TABLE = MappingProxyType(
         "baseline": "RC010",
     }
 )
-_OTHER_QUESTION = {"threat", "baseline"}
+_OTHER_QUESTION = {"threat", "data", "baseline"}
 
 
 def to_junit(result: GateResult) -> str:
@@ -57,11 +57,14 @@ def to_junit(result: GateResult) -> str:
     """
     name = f"robust-compress gate: {_xml(result.name)}"
     suite = ElementTree.Element("testsuite", name=name)
+    properties = ElementTree.SubElement(suite, "properties")
+    for key, value in _circumstances(result).items():
+        ElementTree.SubElement(properties, "property", name=key, value=_xml(value))
     for check in result.checks:
         _add_check(suite, check)
     for rule in result.rules:
         _add_rule(suite, rule, undecided=result.policy.inconclusive)
-    suite.set("tests", str(len(suite)))
+    suite.set("tests", str(len(suite.findall("testcase"))))
     for plural, tag in (("failures", "failure"), ("errors", "error"), ("skipped", "skipped")):
         suite.set(plural, str(len(suite.findall(f"testcase/{tag}"))))
     root = ElementTree.Element("testsuites")
@@ -86,7 +89,7 @@ def to_sarif(result: GateResult, *, policy_uri: str) -> dict[str, Any]:
                 "results": [
                     _sarif_result(place, policy_uri=policy_uri) for place in _problems(result)
                 ],
-                "properties": {"verdict": result.verdict, "model_sha256": result.model_sha256},
+                "properties": {"verdict": result.verdict, **_circumstances(result)},
             }
         ],
     }
@@ -97,6 +100,7 @@ def to_summary(result: GateResult) -> str:
     blocks = [
         f"## Robustness gate: {result.verdict.upper()}",
         f"**{plain(result.name)}** - {plain(result.reason)}",
+        plain(f"n = {_images(result)}."),
     ]
     if result.verdict == "inconclusive" and result.policy.inconclusive == "warn":
         blocks.append("**Warning: nothing was decided; the policy lets this go on.**")
@@ -111,6 +115,15 @@ def to_summary(result: GateResult) -> str:
         blocks += _comparison_blocks(result.comparison)
     blocks += [plain(result.bounded), plain(result.caveat)]
     return "\n\n".join(blocks) + "\n"
+
+
+def _circumstances(result: GateResult) -> dict[str, str]:
+    """What the verdict is about."""
+    return {"model_sha256": result.model_sha256, "images": _images(result)}
+
+
+def _images(result: GateResult) -> str:
+    return f"{result.images} (content_sha256 {result.data.content_sha256[:12]})"
 
 
 def _add_check(suite: ElementTree.Element, check: CheckResult) -> None:

@@ -12,8 +12,32 @@ from dataclasses import dataclass
 from compressor.gate.sequential import LowerBound, upper_bound
 from compressor.proportions import Proportion, beta_cdf
 from compressor.reports.report import RobustnessReport
+from compressor.threat import ThreatModel
 
 _SIGNIFICANCE = 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What a verification is about; known before anything is attacked."""
+
+    content_sha256: str
+    class_names: tuple[str, ...]
+    label_of: Mapping[int, int]
+    """Position in the test images -> place of its class."""
+    threat: ThreatModel
+    protocol: str
+
+    @classmethod
+    def of(cls, report: RobustnessReport) -> "Asked":
+        """What a report is about."""
+        return cls(
+            content_sha256=report.data.content_sha256,
+            class_names=report.data.class_names,
+            label_of=_labels(report),
+            threat=ThreatModel(norm=report.norm, epsilon_pixels=report.epsilon_pixels),
+            protocol=report.protocol,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,24 +101,24 @@ class Comparison:
         return low, high
 
 
-def mismatch(report: RobustnessReport, baseline: RobustnessReport) -> str | None:
-    """Why two reports cannot be compared image by image, or None."""
+def mismatch(asked: Asked, baseline: RobustnessReport) -> str | None:
+    """Why a verification cannot be compared with a baseline image by image, or None."""
+    before = Asked.of(baseline)
     for name, ours, theirs in (
-        ("images (content_sha256)", report.data.content_sha256, baseline.data.content_sha256),
-        ("classes", report.data.class_names, baseline.data.class_names),
-        ("norm", report.norm, baseline.norm),
-        ("epsilon_pixels", report.epsilon_pixels, baseline.epsilon_pixels),
-        ("protocol", report.protocol, baseline.protocol),
+        ("images (content_sha256)", asked.content_sha256, before.content_sha256),
+        ("classes", asked.class_names, before.class_names),
+        ("norm", asked.threat.norm, before.threat.norm),
+        ("epsilon_pixels", asked.threat.epsilon_pixels, before.threat.epsilon_pixels),
+        ("protocol", asked.protocol, before.protocol),
     ):
         if ours != theirs:
             return f"their {name} differ: {ours!r}, the baseline has {theirs!r}"
     if baseline.status in {"invalid", "unverified"}:
         return f"the baseline itself is {baseline.status}: {baseline.status_reason}"
-    ours_by_index, theirs_by_index = _labels(report), _labels(baseline)
-    common = ours_by_index.keys() & theirs_by_index.keys()
+    common = asked.label_of.keys() & before.label_of.keys()
     if not common:
         return "they have no image in common"
-    if any(ours_by_index[index] != theirs_by_index[index] for index in common):
+    if any(asked.label_of[index] != before.label_of[index] for index in common):
         return "the same images have other labels"
     return None
 

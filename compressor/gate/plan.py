@@ -19,7 +19,8 @@ MARGIN = 0.05
 """Assumed distance of an accuracy nobody has measured from its limit; half of what is left to 1 if
 that is less."""
 CHUNK_SIZE = 50
-"""Images after which the sequential gate looks again; a twentieth of those planned if more."""
+"""Images between two looks of the sequential gate: fewer are attacked more slowly, more are decided
+on later. Averages are planned with a twentieth of the planned images if that is more."""
 MAX_IMAGES = 1_000_000
 _NEGLIGIBLE = 1e-12  # probability of counts that are no longer followed
 

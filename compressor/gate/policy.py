@@ -1,8 +1,9 @@
 """GatePolicy: what a student must show before it may ship, as TOML that people write.
 
-Closed and strict: an unknown key, a limit that nothing can miss or nothing can reach, and a policy
-without any rule are errors, because each of them would let a student through or never let one
-through without anybody noticing. Needs no torch.
+Closed and strict: an unknown key, a limit that nothing can miss or nothing can reach, a rule about
+attacks that may be as weak as one likes, an empty table and a policy without any rule are errors,
+because each of them would let a student through or never let one through without anybody noticing.
+Needs no torch.
 """
 
 import difflib
@@ -13,7 +14,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from compressor.closed_table import ClosedTable, Count, FractionText, Positive, UnitFraction
+from compressor.closed_table import ClosedTable, Count, FractionText, Positive
 from compressor.errors import RobustCompressError
 from compressor.threat import Norm
 
@@ -29,6 +30,14 @@ Confidence = Annotated[float, Field(ge=0.8, lt=1)]
 """With less, luck passes."""
 
 
+Digits = Annotated[str, Field(pattern="^[0-9a-f]{12,64}$")]
+"""A SHA-256 or its beginning, as summaries show it."""
+
+DEFAULT_PROTOCOL = "AutoAttack"
+ANY_ATTACKS = "worst of"
+"""Begins the protocol of a report that did not run all of AutoAttack."""
+
+
 class PolicyError(RobustCompressError):
     """A gate policy is malformed, or asks for something that is not there."""
 
@@ -42,9 +51,9 @@ class AccuracyRule(ClosedTable):
 class WorstCaseRule(AccuracyRule):
     """A limit on the share of images that stand under every attack."""
 
-    protocol: str = Field(default="AutoAttack", min_length=1)
-    """What the protocol of the report must begin with. A worst case over weak attacks is high, so
-    whoever is content with one must say so: `protocol = "worst of"`."""
+    protocol: str = Field(default=DEFAULT_PROTOCOL, min_length=1)
+    """What the protocol of the report must begin with, for every rule on the worst case. One over
+    weak attacks is high, so whoever is content with it must say so: `protocol = "worst of"`."""
 
 
 class PerClassRule(ClosedTable):
@@ -70,6 +79,16 @@ class ThreatRule(ClosedTable):
         return self
 
 
+class DataRule(ClosedTable):
+    """Which images the report must be about."""
+
+    content_sha256: Digits
+
+    def is_about(self, content_sha256: str) -> bool:
+        """Whether these are the images."""
+        return content_sha256.startswith(self.content_sha256)
+
+
 class SizeRule(ClosedTable):
     """Limits on the model that was verified."""
 
@@ -88,7 +107,7 @@ class BaselineRule(ClosedTable):
 
     report: str | None = Field(default=None, min_length=1, exclude=True)
     """Relative to the folder of the policy; not part of any result, as it is a path."""
-    max_drop: UnitFraction | None = None
+    max_drop: Annotated[FractionText, Field(ge=0, lt=1)] | None = None
     """Of worst-case accuracy, on the same images; without it the comparison is only shown."""
 
 
@@ -112,10 +131,29 @@ class GatePolicy(ClosedTable):
     """By the name of the attack in the report."""
     per_class: PerClassRule = PerClassRule()
     threat: ThreatRule | None = None
+    data: DataRule | None = None
     size: SizeRule = SizeRule()
     latency: LatencyRule = LatencyRule()
     baseline: BaselineRule = BaselineRule()
     budget: Budget = Budget()
+
+    @property
+    def judges_worst_case(self) -> bool:
+        """Whether any rule is about the worst case over all attacks."""
+        limits = (self.per_class.min_worst_case_accuracy, self.baseline.max_drop)
+        return self.worst_case is not None or any(limit is not None for limit in limits)
+
+    @property
+    def protocol(self) -> str:
+        """What the protocol of a report must begin with, if the worst case is judged."""
+        return DEFAULT_PROTOCOL if self.worst_case is None else self.worst_case.protocol
+
+    def accepts_protocol(self, protocol: str) -> bool:
+        """Whether a worst case over these attacks may be judged; AutoAttack's is never too weak."""
+        is_stronger = self.protocol.startswith(ANY_ATTACKS) and protocol.startswith(
+            DEFAULT_PROTOCOL
+        )
+        return protocol.startswith(self.protocol) or is_stronger
 
     @model_validator(mode="after")
     def _has_a_rule(self) -> Self:
@@ -129,6 +167,15 @@ class GatePolicy(ClosedTable):
             )
         return self
 
+    @model_validator(mode="after")
+    def _says_what_attacks_are_allowed(self) -> Self:
+        if self.threat is None and (self.judges_worst_case or self.attacks):
+            raise ValueError(
+                "there are rules about accuracy under attack, which any model keeps if the attacks "
+                'are allowed too little; add [threat] with norm = "linf" and epsilon = "8/255"'
+            )
+        return self
+
 
 def load_policy(path: Path) -> GatePolicy:
     """Read a policy; the path of its baseline is made relative to the current folder.
@@ -136,11 +183,18 @@ def load_policy(path: Path) -> GatePolicy:
     Raises:
         PolicyError: with every problem found, each with its dotted key, value and remedy.
     """
+    table = _read_toml(path)
     try:
-        policy = GatePolicy.model_validate(_read_toml(path))
+        policy = GatePolicy.model_validate(table)
     except ValidationError as error:
         lines = "".join(f"\n  {_explain(problem)}" for problem in error.errors())
         raise PolicyError(f"{path} is not a gate policy:{lines}") from None
+    empty = ", ".join(f"[{name}]" for name, value in table.items() if value == {})
+    if empty:
+        raise PolicyError(
+            f"{path} is not a gate policy: {empty} is empty, so it limits nothing; give it one of "
+            f"the limits in {EXAMPLE}, or leave it out"
+        )
     if policy.baseline.report is None:
         return policy
     return with_baseline(policy, path.parent / policy.baseline.report)
@@ -171,6 +225,7 @@ _WORDING = {
     "float_type": "must be a number, without quotes",
     "string_type": 'must be a text in "quotes"',
     "string_too_short": "must not be empty",
+    "string_pattern_mismatch": "must be 12 to 64 of the digits 0 to 9 and a to f",
     "model_type": "must be a table of settings",
     "dict_type": "must be a table of settings",
     "finite_number": "must be a finite number",
@@ -181,6 +236,7 @@ _ADVICE = {
     "min_worst_case_accuracy": "above 0, or everything passes, and below 1",
     "confidence": "0.95 means that a wrong pass has a chance of at most 5 %; below 0.8 luck passes",
     "max_drop": "a fraction: two points are 0.02",
+    "content_sha256": "the result of any gate on these images has it, see --out FILE",
     "schema": "this version knows schema = 1",
 }
 
@@ -206,6 +262,6 @@ def _suggestion(key: str) -> str:
 
 
 def _keys_of(table: type[BaseModel]) -> set[str]:
-    tables: list[type[BaseModel]] = [table, WorstCaseRule, PerClassRule, ThreatRule, SizeRule]
-    tables += [LatencyRule, BaselineRule, Budget]
+    tables: list[type[BaseModel]] = [table, WorstCaseRule, PerClassRule, ThreatRule, DataRule]
+    tables += [SizeRule, LatencyRule, BaselineRule, Budget]
     return {field.alias or key for one in tables for key, field in one.model_fields.items()}

@@ -50,6 +50,17 @@ class CheckResult(_Table):
     message: str
 
 
+class ImageFacts(_Table):
+    """Which images, as the report says."""
+
+    source: str
+    """`imagefolder`, `cifar10` ...: without its folder."""
+    content_sha256: str
+    """Of all test images and labels."""
+    index_sha256: str
+    """Of the positions that were planned."""
+
+
 class GateResult(_Table):
     """The verdict, everything that led to it, and what it is about."""
 
@@ -65,10 +76,17 @@ class GateResult(_Table):
     report_status: str
     num_images: int
     num_planned: int
+    data: ImageFacts
     policy: GatePolicy
     checks: tuple[CheckResult, ...]
     rules: tuple[RuleResult, ...]
     comparison: Comparison | None
+
+    @property
+    def images(self) -> str:
+        """`60 images of digits`."""
+        of_planned = f" of {self.num_planned} planned" * (self.num_images < self.num_planned)
+        return f"{self.num_images}{of_planned} images of {self.data.source}"
 
 
 def exit_code_of(verdict: GateVerdict, policy: GatePolicy) -> ExitCode:

@@ -90,21 +90,19 @@ class Look:
     count: Proportion
     """Images that are done: every attack that this accuracy is about has tried them."""
     num_planned: int
-    num_broken_ahead: int = 0
-    """Of the images not done, those already broken; they can only speed up a certain end."""
     num_alike: int = 1
     """Rules such as this, of which any may fail by chance: each errs with its share (Bonferroni).
     Passing needs no share, as all must pass."""
 
     def __post_init__(self) -> None:
         """Refuse impossible counts."""
-        if self.count.num_total + self.num_broken_ahead > self.num_planned:
+        if self.count.num_total > self.num_planned:
             raise ValueError(f"{self.rule}: more images are done than {self.num_planned} planned")
 
     @property
     def best(self) -> Proportion:
-        """What there will be if every image that is not done, and not yet broken, stands."""
-        num_open = self.num_planned - self.count.num_total - self.num_broken_ahead
+        """What there will be if every image that is not done stands."""
+        num_open = self.num_planned - self.count.num_total
         return Proportion(num_correct=self.count.num_correct + num_open, num_total=self.num_planned)
 
 

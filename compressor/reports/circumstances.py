@@ -1,6 +1,6 @@
 """What goes with the findings of a report: checks, rounding, cost, training, provenance.
 
-Plain texts and cells, as in `report_sections.py`. Needs no torch.
+Plain texts and cells, as in `sections.py`. Needs no torch.
 """
 
 import json
@@ -81,7 +81,8 @@ def _rounding(report: RobustnessReport) -> Section:
         )
         note = (
             f"Cameras deliver 8 bits. {count_text(fooling)} of the adversarial images found still "
-            f"fool after rounding to them, 95 % interval {count_cells(fooling)[2]}."
+            f"fool after rounding to them, 95 % interval {count_cells(fooling)[2]}: to the nearest "
+            "level, or towards the clean image where that leaves the threat model or fools no more."
         )
     title = "Rounding to 8 bits"
     title += ", not to be believed" if report.status == "invalid" else ""

@@ -1,6 +1,6 @@
 """Figures of a report: curve over epsilon, attacks, classes, confusion.
 
-Needs no torch; how a figure becomes part of a page is in `report_svg.py`.
+Needs no torch; how a figure becomes part of a page is in `svg.py`.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,5 +1,6 @@
 """ReportFiles: the only file that knows what a verification writes, and how its files are named."""
 
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
@@ -35,6 +36,17 @@ class ReportFiles:
     def samples(self) -> Path:
         """One line per image."""
         return self._path("samples", "csv")
+
+    def move_to(self, others: "ReportFiles") -> None:
+        """Give them the names of others, which are replaced."""
+        for own, other in zip(self._all, others._all, strict=True):
+            with suppress(FileNotFoundError):
+                own.replace(other)
+
+    @property
+    def _all(self) -> tuple[Path, ...]:
+        """The JSON first: without it, the rest is nothing that a program would find."""
+        return self.json, self.markdown, self.html, self.samples
 
     def journal(self, plan: str) -> Path:
         """Finished stages of a verification that has not ended."""

@@ -1,7 +1,7 @@
 """A report as one HTML page: no network, no script, light, dark and paper, phone and desk.
 
-What it says comes from `report_sections.py` and `report_circumstances.py`, as in Markdown; here are
-the pictures that go with it. HWC: H rows, W columns, C channels (1 or 3). Needs no torch.
+What it says comes from `sections.py` and `circumstances.py`, as in Markdown; here are the
+pictures that go with it. HWC: H rows, W columns, C channels (1 or 3). Needs no torch.
 """
 
 import base64
@@ -40,7 +40,7 @@ Pixels = NDArray[np.uint8] | Sequence[Sequence[Sequence[int]]]
 _GALLERY_BYTES = 900_000
 """What all images of a gallery together may take; larger ones lose rows and columns."""
 _GROUPS = {
-    "clearest": "The clearest: wrong with the widest margin",
+    "clearest": "The clearest: the highest confidence in a wrong answer",
     "closest": "The closest: the smallest distance",
 }
 _GALLERY_NOTE = (

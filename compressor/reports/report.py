@@ -2,7 +2,7 @@
 
 Closed and strict, because a gate may read it from strangers: counts that contradict the table of
 samples, or a verified report with an alarm, are refused. Needs no torch. Forms for people are in
-`report_markdown.py` and `html_report.py`.
+`markdown.py` and `html.py`.
 """
 
 from pathlib import Path
@@ -171,7 +171,10 @@ class TestFacts(_Table):
     class_names: tuple[str, ...]
     content_sha256: str
     index_sha256: str
+    num_available: int
+    """Test images that there are."""
     num_planned: int
+    """Of these, to be attacked: all, or a random part with the classes in proportion."""
 
 
 class SelectionFacts(_Table):

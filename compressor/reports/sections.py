@@ -2,7 +2,7 @@
 
 All texts and cells are plain; each form escapes them for itself. Where the status takes numbers
 away, it is done here, so that no form can forget it. Here are the findings; what goes with them is
-in `report_circumstances.py`. Needs no torch.
+in `circumstances.py`. Needs no torch.
 """
 
 from collections import Counter
@@ -66,11 +66,14 @@ def verdict(report: RobustnessReport) -> tuple[str, str, str]:
 def setting(report: RobustnessReport) -> tuple[tuple[str, str], ...]:
     """(what, value): what was attacked, how, and on what."""
     num_done, data = len(report.samples.index), report.data
+    images = f"{num_done:,} of {data.num_planned:,} planned test images of {data.source}"
+    if data.num_available > data.num_planned:
+        images += f", a part of {data.num_available:,}"
     return (
         ("Protocol", report.protocol),
         ("Threat", threat_text(report)),
         ("Model", f"{report.target.architecture} ({report.target.kind})"),
-        ("Images", f"{num_done:,} of {data.num_planned:,} planned test images of {data.source}"),
+        ("Images", images),
         ("What is bounded", report.caveat),
     )
 

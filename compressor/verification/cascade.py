@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from compressor.attacks.protocol import Model
@@ -20,6 +21,8 @@ from compressor.threat import ThreatModel
 from compressor.verification.gallery_entry import FooledImages, GalleryEntry
 
 NUM_BISECTIONS = 8
+_LEVEL_SLACK = 2e-4
+"""Of one of 255 levels: four times what float32 loses, and less than `ThreatModel` forgives."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +67,8 @@ class Found:
     distance_pixels: float
     """Of the point found; where fooled, drawn back towards the clean image while it still does."""
     fools_in_8_bits: bool
-    """Also after rounding to 255 levels inside the threat model."""
+    """Fooled, and also after rounding to 255 levels: to the nearest, or, where that leaves the
+    threat model or fools no more, towards the clean image."""
     num_forwards: int
     num_backwards: int
 
@@ -84,15 +88,13 @@ class Outcome:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, table: dict[str, Any]) -> "Outcome":
-        """What `to_json` gave."""
-        return cls(
-            chunk=table["chunk"],
-            stage=table["stage"],
-            found=tuple(Found(**row) for row in table["found"]),
-            gallery=tuple(GalleryEntry(**entry) for entry in table["gallery"]),
-            duration_seconds=table["duration_seconds"],
-        )
+    def from_json(cls, table: object) -> "Outcome":
+        """What `to_json` gave.
+
+        Raises:
+            ValidationError: for anything else.
+        """
+        return TypeAdapter(cls).validate_python(table)
 
 
 @torch.no_grad()
@@ -152,20 +154,23 @@ def run_stage(
             prediction_N=logits_NK.argmax(dim=1),
             margin_N=margin(logits_NK, batch.y_N),
             distance_N=threat.length(nearest - batch.x_NCHW),
-            in_8_bits_N=_fools_in_8_bits(subject.answer, result.x_adv_NCHW, batch, threat),
+            in_8_bits_N=_fools_in_8_bits(
+                subject.answer, result.x_adv_NCHW, batch, fooled_N, threat=threat
+            ),
             num_forwards_N=result.num_forwards_N + 1,
             num_backwards_N=result.num_backwards_N,
         )
+        rows_M = fooled_N.nonzero()[:, 0]
         fooled = FooledImages(
             attack=stage.name,
             answer=subject.answer,
             threat=threat,
-            x_NCHW=batch.x_NCHW[fooled_N],
-            y_N=batch.y_N[fooled_N],
-            places_N=places[fooled_N],
+            x_NCHW=batch.x_NCHW[rows_M],
+            y_N=batch.y_N[rows_M],
+            places_N=places[rows_M],
         )
-        clearest = fooled.entries("clearest", result.x_adv_NCHW[fooled_N])
-        closest = fooled.entries("closest", nearest[fooled_N])
+        clearest = fooled.entries("clearest", result.x_adv_NCHW[rows_M])
+        closest = fooled.entries("closest", nearest[rows_M])
     return columns.rows(places), (*clearest, *closest)
 
 
@@ -221,9 +226,30 @@ def _draw_back(answer: Model, x_adv_NCHW: Tensor, batch: Batch, fooled_N: Tensor
 
 
 def _fools_in_8_bits(
-    answer: Model, x_adv_NCHW: Tensor, batch: Batch, threat: ThreatModel
+    answer: Model, x_adv_NCHW: Tensor, batch: Batch, fooled_N: Tensor, *, threat: ThreatModel
 ) -> Tensor:
-    """Rounded to the nearest of 255 levels; where that leaves the ball, it does not count."""
-    rounded = (x_adv_NCHW * 255).round() / 255
-    fools_N = by_logits(rounded, answer(rounded), batch.y_N)
-    return fools_N & threat.contains(rounded, batch.x_NCHW)
+    """Which of those fooled still are, inside the threat model, after rounding to 255 levels.
+
+    The nearest level may be outside; a level nearer to the clean image, which has whole levels
+    itself, is not.
+    """
+    in_8_bits_N = torch.zeros_like(fooled_N)
+    for round_levels in (_to_nearest, _to_clean):
+        rows_M = (fooled_N & ~in_8_bits_N).nonzero()[:, 0]
+        if len(rows_M):
+            x, y = batch.x_NCHW[rows_M], batch.y_N[rows_M]
+            point = round_levels(x_adv_NCHW[rows_M] * 255, x * 255) / 255
+            fools_M = by_logits(point, answer(point), y)
+            in_8_bits_N[rows_M] = fools_M & threat.contains(point, x)
+    return in_8_bits_N
+
+
+def _to_nearest(levels_NCHW: Tensor, _clean_NCHW: Tensor) -> Tensor:
+    return levels_NCHW.round()
+
+
+def _to_clean(levels_NCHW: Tensor, clean_NCHW: Tensor) -> Tensor:
+    """Whole levels of change, each as large as it can be without passing the one found."""
+    is_above = levels_NCHW > clean_NCHW
+    down, up = (levels_NCHW + _LEVEL_SLACK).floor(), (levels_NCHW - _LEVEL_SLACK).ceil()
+    return torch.where(is_above, down, up)

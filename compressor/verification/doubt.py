@@ -1,24 +1,27 @@
 """From a verification to the claim that its validity checks doubt."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from compressor.attacks.gradients import in_parts
 from compressor.attacks.protocol import Model
 from compressor.attacks.stages import Stage
+from compressor.data import Batch, evaluation_batches
 from compressor.reports.report import ValidityRow
 from compressor.teachers import Teacher
 from compressor.validity.active_test import ACTIVE_TEST, penultimate_features
 from compressor.validity.attack_checks import ATTACK_CHECKS
 from compressor.validity.claim import Claim
+from compressor.validity.image_checks import repeated_images
 from compressor.validity.output_checks import output_checks
 from compressor.validity.validity import NUM_IMAGES, check_validity
 from compressor.verification.cascade import Subject
 from compressor.verification.gallery import first_images
 from compressor.verification.request import Prepared
 from compressor.verification.samples import Sample
-from compressor.verification.verification import Verification
+from compressor.verification.verification import Verification, verification_order
 
 _STRONGEST = "apgd_t"
 _NOT_RUN = f"the attacks that were run do not include {_STRONGEST}, so there is no claim to doubt"
@@ -27,7 +30,7 @@ _NOT_RUN = f"the attacks that were run do not include {_STRONGEST}, so there is 
 def check_verification(
     prepared: Prepared, subject: Subject, found: Verification
 ) -> tuple[ValidityRow, ...]:
-    """The checks of `compressor.validity.validity` on the first images.
+    """Whether images repeat, and the checks of `compressor.validity.validity` on the first ones.
 
     For a file, the questions about the function are asked of the file, and those about gradients
     and attacks of its source, on which the attacks searched.
@@ -36,11 +39,10 @@ def check_verification(
         prepared.split, prepared.plan, num_images=min(NUM_IMAGES, len(found.samples))
     )
     samples = found.samples[: len(batch.y_N)]
+    batch, samples = _tried_by_white_box(batch, samples, prepared.stages)
     by_name = {stage.name: stage for stage in prepared.stages}
     stage = by_name.get(_STRONGEST, prepared.stages[-1])
     is_whole = _STRONGEST in by_name
-    network = prepared.model.network
-    assert network is not None  # noqa: S101 (there are stages)
     claim = Claim(
         model=subject.float32,
         x_NCHW=batch.x_NCHW,
@@ -56,22 +58,51 @@ def check_verification(
         if "square" in by_name
         else None,
         teachers=_differentiable(prepared.teachers),
-        features=penultimate_features(network, batch.x_NCHW) if is_whole else None,
+        features=_features(prepared, batch) if is_whole else None,
     )
     rows = check_validity(claim)
+    repeats = repeated_images(_images(prepared, num_images=len(found.samples)))
     if prepared.model.onnx is not None:
         of_file = output_checks(subject.answer, batch.x_NCHW, threat=prepared.threat)
         rows = (*map(_worse, of_file, rows), *rows[len(of_file) :])
-    if is_whole:
-        return rows
-    unasked = {check.name: check for check in (*ATTACK_CHECKS, ACTIVE_TEST)}
-    return tuple(unasked[r.name].not_run(_NOT_RUN) if r.name in unasked else r for r in rows)
+    if not is_whole:
+        unasked = {check.name: check for check in (*ATTACK_CHECKS, ACTIVE_TEST)}
+        rows = tuple(
+            unasked[row.name].not_run(_NOT_RUN) if row.name in unasked else row for row in rows
+        )
+    return repeats, *rows
+
+
+def _images(prepared: Prepared, *, num_images: int) -> Iterator[Tensor]:
+    """Those that were attacked, batch by batch."""
+    split, plan = prepared.split, prepared.plan
+    order_N = verification_order(split, seed=plan.seed)[:num_images]
+    for batch in evaluation_batches(split, batch_size=plan.batch_size, order_N=order_N):
+        yield batch.x_NCHW
 
 
 def _worse(of_file: ValidityRow, of_source: ValidityRow) -> ValidityRow:
     """The file's answer, unless only the source raises an alarm."""
     is_alarm_of_source = of_source.status == "alarm" and of_file.status != "alarm"
     return of_source if is_alarm_of_source else of_file
+
+
+def _tried_by_white_box(
+    batch: Batch, samples: Sequence[Sample], stages: Sequence[Stage]
+) -> tuple[Batch, Sequence[Sample]]:
+    """Without the images that only a transferred one broke: white-box attacks did not try those."""
+    by_transfer_N = _broken(samples, stages, kind="transfer", device=batch.y_N)
+    by_white_box_N = _broken(samples, stages, kind="white-box", device=batch.y_N)
+    rows_M = (by_white_box_N | ~by_transfer_N).nonzero()[:, 0]
+    part = Batch(**{name: column[rows_M] for name, column in vars(batch).items()})
+    return part, [samples[row] for row in rows_M.tolist()]
+
+
+def _features(prepared: Prepared, batch: Batch) -> Model | None:
+    network = prepared.model.network
+    assert network is not None  # noqa: S101 (there are stages)
+    features = penultimate_features(network, batch.x_NCHW)
+    return features and in_parts(features, max_rows=prepared.plan.batch_size)
 
 
 def _broken(

@@ -68,28 +68,30 @@ class FooledImages:
             return []
         logits_NK = self.answer(x_adv_NCHW)
         confidence_N, prediction_N = F.softmax(logits_NK, dim=1).max(dim=1)
-        distance_N = self.threat.length(x_adv_NCHW - self.x_NCHW)
-        margin_N = margin(logits_NK, self.y_N)
+        columns = (
+            self.places_N,
+            prediction_N,
+            confidence_N,
+            self.threat.length(x_adv_NCHW - self.x_NCHW),
+            margin(logits_NK, self.y_N),
+        )
+        table = torch.stack([column.double() for column in columns], dim=1).tolist()
         entries = [
             GalleryEntry(
                 group=group,
-                place=place,
+                place=int(place),
                 attack=self.attack,
                 adv_base64="",
-                prediction=int(prediction_N[row]),
-                confidence_fraction=float(confidence_N[row]),
-                distance_pixels=float(distance_N[row]),
-                margin=float(margin_N[row]),
+                prediction=int(prediction),
+                confidence_fraction=confidence,
+                distance_pixels=distance,
+                margin=margin_,
             )
-            for row, place in enumerate(self.places_N.tolist())
+            for place, prediction, confidence, distance, margin_ in table
         ]
-        levels_NCHW = (x_adv_NCHW * 255).round().to(torch.uint8)
-        levels_of = dict(zip(self.places_N.tolist(), levels_NCHW, strict=True))
+        levels_NCHW = (x_adv_NCHW * 255).round().to(torch.uint8).cpu().contiguous().numpy()
+        levels_of = dict(zip((entry.place for entry in entries), levels_NCHW, strict=True))
         return [
-            replace(entry, adv_base64=_base64(levels_of[entry.place]))
+            replace(entry, adv_base64=base64.b64encode(levels_of[entry.place]).decode())
             for entry in best_of_gallery(entries)
         ]
-
-
-def _base64(levels_CHW: Tensor) -> str:
-    return base64.b64encode(levels_CHW.cpu().contiguous().numpy().tobytes()).decode()

@@ -1,15 +1,18 @@
 """The journal of a verification: every finished stage of every chunk, so that none is lost.
 
 A line is complete or it is not there: a process killed at any moment loses at most the stage it
-was in. The first line says what is verified and how; another verification does not continue it.
+was in. What follows a damaged line is attacked again. The first line says what is verified and how;
+another verification does not continue it.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
+
+from pydantic import ValidationError
 
 from compressor.run_directory import write_text_atomically
 from compressor.verification.cascade import Outcome
@@ -28,9 +31,9 @@ class Journal:
         if not lines or lines[0] != dict(plan):
             write_text_atomically(path, json.dumps(dict(plan)) + "\n")
             return cls(path, {})
-        outcomes = [Outcome.from_json(line) for line in lines[1:]]
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        write_text_atomically(path, text)  # without a line that was cut off
+        outcomes = list(_outcomes(lines[1:]))
+        text = "".join(json.dumps(line) + "\n" for line in lines[: 1 + len(outcomes)])
+        write_text_atomically(path, text)  # without a line that was cut off, and what follows it
         return cls(path, {(o.chunk, o.stage): o for o in outcomes})
 
     @classmethod
@@ -63,7 +66,16 @@ def plan_id(plan: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(dict(plan), sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _complete_lines(path: Path) -> list[dict[str, Any]]:
+def _outcomes(lines: Sequence[object]) -> Iterator[Outcome]:
+    """Up to the first line that is none."""
+    for line in lines:
+        try:
+            yield Outcome.from_json(line)
+        except ValidationError:
+            return
+
+
+def _complete_lines(path: Path) -> list[object]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):

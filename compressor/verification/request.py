@@ -20,6 +20,7 @@ from compressor.attacks.stages import (
 )
 from compressor.data import TestSplit, load_test_split
 from compressor.errors import UsageError
+from compressor.image_decoding import ImageShape
 from compressor.networks import evaluation_mode
 from compressor.performance import Performance, resolve_performance
 from compressor.performance_settings import PerformanceSettings
@@ -85,7 +86,7 @@ class Prepared:
             "version": __version__,
             "target": self.model.facts.model_dump(),
             "threat": asdict(self.threat),
-            "attacks": [stage.name for stage in self.stages],
+            "attacks": {stage.name: dict(stage.parameters) for stage in self.stages},
             "mode": self.request.mode,
             "seed": self.plan.seed,
             "batch_size": self.plan.batch_size,
@@ -133,7 +134,7 @@ def prepare(request: VerificationRequest) -> Prepared:
     model = load_target(target, split)
     training_facts(target)  # or what is missing would be found after hours of attacks
     threat = _threat(request, target, split)
-    batch_size = request.batch_size or _batch_size(split)
+    batch_size = request.batch_size or fitting_batch_size(split.image_shape)
     teachers = _teachers(target, split, performance)
     stages = build_stages(
         names,
@@ -203,8 +204,9 @@ def _own_threat(target: Target) -> ThreatModel:
     return target.recipe.threat.build()
 
 
-def _batch_size(split: TestSplit) -> int:
-    channels, height, width = split.image_shape
+def fitting_batch_size(image_shape: ImageShape) -> int:
+    """Images that may be in memory at once: 250, or fewer if they are large."""
+    channels, height, width = image_shape
     return max(min(250, _MAX_ROW_NUMBERS // (channels * height * width)), 8)
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from compressor.attacks.stages import Stage
 from compressor.checkpoint import selected_candidate
 from compressor.cost import Latency, count_multiply_adds, measure_latencies, on_cpu
-from compressor.errors import RobustCompressError
+from compressor.errors import RobustCompressError, RunError, WeightsError
 from compressor.networks import count_parameters
 from compressor.onnx_model import load_onnx_model
 from compressor.proportions import Proportion
@@ -154,15 +154,20 @@ def _network_candidate(name: str, network: nn.Module) -> _Candidate:
 
 
 def _own_export(target: Target) -> Any:  # noqa: ANN401 (an OnnxModel or None)
-    """The fp32 file of a run, if it was made from the present weights."""
+    """The fp32 file of a run, if what is beside it says that it has the present weights.
+
+    It costs a row, and must not cost the hours of attacks before it: a damaged one is none.
+    """
     if target.run is None or target.facts is None:
         return None
-    path = target.run.onnx("fp32")
-    if not path.is_file():
+    try:
+        table = read_json(target.run.onnx_verification("fp32"))
+        source = table.get("source_sha256") if isinstance(table, dict) else None
+        if source != target.facts["model_sha256"]:
+            return None
+        return load_onnx_model(target.run.onnx("fp32"), num_threads=torch.get_num_threads())
+    except (RunError, WeightsError):
         return None
-    source = read_json(target.run.onnx_verification("fp32"))["source_sha256"]
-    is_current = source == target.facts["model_sha256"]
-    return load_onnx_model(path, num_threads=torch.get_num_threads()) if is_current else None
 
 
 def _cost_row(candidate: _Candidate, latency: Latency, *, shape: tuple[int, int, int]) -> CostRow:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from compressor.data import TestSplit, evaluation_batches
 from compressor.errors import ArtefactMismatchError, DataError, UsageError
@@ -19,6 +20,8 @@ from compressor.teachers import load_model
 from compressor.weights import sha256_of_file
 
 NUM_COMPARED_IMAGES = 250
+_NUM_AT_ONCE = 50
+"""More large images would not fit into memory."""
 MIN_AGREEMENT = 0.9
 """Share of clean images on which a file must answer as its source; 8 bits cost a point or two."""
 
@@ -107,7 +110,7 @@ def open_target(path: str, *, source: str | None) -> Target:
         run=run,
         recipe=load_recipe(run.resolved_recipe) if run else None,
         facts=read_facts(run) if run else None,
-        onnx=load_onnx_model(Path(path)) if is_onnx else None,
+        onnx=load_onnx_model(Path(path), num_threads=torch.get_num_threads()) if is_onnx else None,
         source=source,
     )
 
@@ -185,10 +188,9 @@ def refuse_other_source(
             f"{onnx.path} was exported from weights with SHA-256 {named}, the source has "
             f"{source_sha256}; give the run it was exported from with --source"
         )
-    batch = next(iter(evaluation_batches(split, batch_size=NUM_COMPARED_IMAGES)))
-    x_NCHW = batch.x_NCHW.cpu()
-    with torch.no_grad():
-        is_same_N = onnx(x_NCHW).argmax(dim=1) == network(x_NCHW).argmax(dim=1)
+    order_N = torch.arange(split.num_images, device=split.index_N.device)[:NUM_COMPARED_IMAGES]
+    batches = evaluation_batches(split, batch_size=_NUM_AT_ONCE, order_N=order_N)
+    is_same_N = torch.cat([_same_answers(onnx, network, batch.x_NCHW.cpu()) for batch in batches])
     same = Proportion(num_correct=int(is_same_N.sum()), num_total=len(is_same_N))
     if same.fraction < MIN_AGREEMENT:
         raise ArtefactMismatchError(
@@ -196,6 +198,12 @@ def refuse_other_source(
             f"{100 * MIN_AGREEMENT:g} %, so what fools the source says nothing about the file; "
             "give the run it was exported from with --source, or export it again"
         )
+
+
+@torch.no_grad()
+def _same_answers(onnx: OnnxModel, network: Classifier, x_NCHW: Tensor) -> Tensor:
+    """Whether both give the same class, bool [N]."""
+    return torch.eq(onnx(x_NCHW).argmax(dim=1), network(x_NCHW).argmax(dim=1))
 
 
 def _load_weights(

@@ -68,7 +68,8 @@ RESUME = "distill run --resume --threads 1 --no-verify --no-export"
 ROBUST = f"{DISTILL} --robust-teacher"
 VERIFY = "verify run --threads 1 --samples 10"
 FILE = "verify teacher.onnx --threads 1 --samples 10"
-GATE = "gate run --policy gate.toml --threads 1"
+GATE = "gate run --policy gate.toml"
+LIVE = f"{GATE} --live --threads 1"
 
 USAGE, KNOWN_ERROR, MISMATCH = 2, 4, 5
 
@@ -924,6 +925,7 @@ VERIFICATIONS = {
 }
 
 POLICY = "schema = 1\n[clean]\nmin_accuracy = 0.5\n"
+THREAT = "[threat]\nnorm = 'linf'\nepsilon = '8/255'\n"
 policy = written(POLICY, "gate.toml")
 
 GATES = {
@@ -935,26 +937,45 @@ GATES = {
         policy, "gate nowhere --policy gate.toml --live", "nowhere is not a run", "Make one"
     ),
     "live of an unfinished run": row(
-        both(policy, removed("run/model.safetensors")), f"{GATE} --live", "training has not ended"
+        both(policy, removed("run/model.safetensors")), LIVE, "training has not ended"
     ),
     "live with other images": row(
-        policy, f"{GATE} --live --data imagefolder:images", "give the data of the run with --data"
+        policy, f"{LIVE} --data imagefolder:images", "give the data of the run with --data"
     ),
-    "live with too many samples": row(policy, f"{GATE} --live --samples 9999", "ask for 1 to 497"),
-    "live with no samples": row(policy, f"{GATE} --live --samples 0", "'--samples'", code=USAGE),
-    "live with no time": row(policy, f"{GATE} --live --max-seconds 0", "'--max-sec", code=USAGE),
+    "live with no samples": row(policy, f"{LIVE} --samples 0", "'--samples'", code=USAGE),
+    "live with no time": row(policy, f"{LIVE} --max-seconds 0", "'--max-sec", code=USAGE),
     "live with an unknown attack": row(
-        written(f"{POLICY}[attacks.pgd_20]\nmin_accuracy = 0.5", "gate.toml"),
-        f"{GATE} --live",
+        written(f"{POLICY}{THREAT}[attacks.pgd_20]\nmin_accuracy = 0.5", "gate.toml"),
+        LIVE,
         "there is no attack pgd_20",
         code=USAGE,
     ),
-    "live with a missing baseline": row(
-        policy, f"{GATE} --live --baseline before.json", "before.json does not exist"
+    "live with a group of attacks": row(
+        written(f"{POLICY}{THREAT}[attacks.papers]\nmin_accuracy = 0.5", "gate.toml"),
+        LIVE,
+        "attacks.papers: gate --live cannot show the accuracy under it alone",
+        "limit one of these",
     ),
-    "live on a nonsense device": row(policy, f"{GATE} --live --device toaster", "'toaster'"),
+    "live on other images than the policy names": row(
+        written(f"{POLICY}[data]\ncontent_sha256 = '{'0' * 64}'", "gate.toml"),
+        LIVE,
+        f"the policy asks for {'0' * 64}",
+        "change the policy, --data or --baseline",
+    ),
+    "rule about attacks without a threat": row(
+        written(f"{POLICY}[attacks.fgsm]\nmin_accuracy = 0.5", "gate.toml"),
+        LIVE,
+        'add [threat] with norm = "linf"',
+    ),
+    "live with a missing baseline": row(
+        policy, f"{LIVE} --baseline before.json", "before.json does not exist"
+    ),
+    "live on a nonsense device": row(policy, f"{LIVE} --device toaster", "'toaster'"),
     "samples without live": row(
-        policy, f"{GATE} --samples 5", "--samples and --max-seconds are for --live", code=USAGE
+        policy, f"{GATE} --samples 5", "--samples would have no effect", "--live", code=USAGE
+    ),
+    "plan with a file": row(
+        policy, f"{GATE} --plan --out g.json", "--out would have no effect on --plan", code=USAGE
     ),
     "unknown verdict": row(
         policy, f"{GATE} --inconclusive maybe", "--inconclusive 'maybe'", "warn", code=USAGE

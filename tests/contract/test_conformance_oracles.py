@@ -61,6 +61,7 @@ def split_of(levels_NCHW, y_N):
         index_N=torch.arange(len(y_N)),
         labels_N=y_N,
         index_sha256="",
+        num_available=len(y_N),
         content_sha256="",
         storage=ResidentImages(images_NHWC=levels_NCHW.permute(0, 2, 3, 1).contiguous()),
     )

@@ -172,6 +172,7 @@ def check_report(make_report, *, num_chunks=2):
             class_names=split.class_names,
             content_sha256="e" * 64,
             index_sha256="f" * 64,
+            num_available=found.num_planned,
             num_planned=found.num_planned,
         ),
         clean=report_rows.count_standing(found.samples, after=()),

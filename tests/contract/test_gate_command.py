@@ -15,16 +15,15 @@ import cli.main
 from compressor.errors import ExitCode
 from compressor.reports.report import ValidityRow, write_report
 
-POLICY = """
+THREAT = '[threat]\nnorm = "linf"\nepsilon = "8/255"\n'
+POLICY = f"""
 schema = 1
 [clean]
 min_accuracy = 0.7
 [worst_case]
 min_accuracy = 0.45
 protocol = "AutoAttack"
-[threat]
-norm = "linf"
-epsilon = "8/255"
+{THREAT}
 [size]
 max_bytes = 30_000
 """
@@ -96,7 +95,7 @@ def test_verdict_comes_first_and_is_the_exit_code(folder, capsys, name, code):
     assert call(f"gate {name}.json --policy gate.toml") == code
     out, err = capsys.readouterr()
     first = "invalid" if name == "other" else name
-    assert out.startswith(f"{first.upper()}  tiny, n = 500 images\n")
+    assert out.startswith(f"{first.upper()}  tiny, n = 500 images of digits\n")
     assert err == ""
     assert re.search("^Next: robust-compress ", out, flags=re.MULTILINE)
     assert "upper bound of the true robust accuracy" in out
@@ -173,9 +172,19 @@ def test_long_lists_are_cut_but_counted(folder, capsys):
 def test_baseline_of_the_policy_is_relative_to_it(folder, capsys):
     Path("ci/kept").mkdir(parents=True)
     Path("before.json").rename("ci/kept/report.json")
-    Path("ci/gate.toml").write_text('schema=1\n[baseline]\nreport="kept"\nmax_drop=0.05\n')
+    rule = '[baseline]\nreport="kept"\nmax_drop=0.05\n'
+    Path("ci/gate.toml").write_text("schema=1\n" + rule + THREAT)
     assert call("gate pass.json --policy ci/gate.toml") == 0
     assert "baseline drop" in capsys.readouterr().out
+
+
+def test_headline_has_the_planned_images_too(folder, capsys, make_report):
+    facts = make_report().data.model_copy(update={"num_planned": 700, "source": "imagefolder"})
+    changes = {"status": "incomplete", "status_reason": "the budget ended"}
+    write_report(make_report((None,) * 500, data=facts, **changes), Path("some.json"))
+    call("gate some.json --policy gate.toml")
+    expected = "PASS  tiny, n = 500 of 700 planned images of imagefolder\n"
+    assert capsys.readouterr().out.startswith(expected)
 
 
 def test_run_folder_means_its_report(folder, capsys):
@@ -200,7 +209,8 @@ def test_checks_that_were_not_run_share_a_line_by_reason(folder, capsys, make_re
 def test_names_are_not_markup(folder, capsys, make_report):
     report = make_report((None,) * 100, name="[red]x[/red]")
     write_report(report, Path("[bold].json"))
-    Path("gate.toml").write_text('schema=1\n[attacks."[red]a"]\nmin_accuracy=0.5\n')
+    rule = '[attacks."[red]a"]\nmin_accuracy=0.5\n'
+    Path("gate.toml").write_text("schema=1\n" + rule + THREAT)
     assert call("gate '[bold].json' --policy gate.toml") == ExitCode.INVALID
     out = words(capsys.readouterr().out)
     assert "[red]x[/red], n = 100" in out
@@ -329,13 +339,44 @@ def truncated(path):
 
 
 GATE = "gate pass.json --policy gate.toml"
-RULES = "schema=1\n[worst_case]\nmin_accuracy=0.4\n"
+RULES = "schema=1\n[clean]\nmin_accuracy=0.4\n"
+OF_LIVE = {
+    "--samples": "5",
+    "--max-seconds": "5",
+    "--data": "digits",
+    "--device": "cpu",
+    "--threads": "1",
+}
+OF_FILES = {f"--{name}": f"g.{name}" for name in ("out", "junit", "sarif", "summary")}
 BAD = {
     "no policy": Bad(nothing, "gate pass.json", 2, "start from examples/gate.toml"),
     "no report": Bad(nothing, "gate --policy gate.toml", 2, "which REPORT or RUN?"),
     "setting": Bad(nothing, f"{GATE} --inconclusive ok", 2, "'ok' is not one of fail, inconc"),
-    "samples": Bad(nothing, f"{GATE} --samples 5", 2, "are for --live"),
-    "seconds": Bad(nothing, f"{GATE} --max-seconds 5", 2, "are for --live"),
+    **{
+        f"without live: {name}": Bad(
+            nothing,
+            f"{GATE} {name} {value}",
+            2,
+            f"{name} would have no effect on a report, which is judged as it is; add --live",
+        )
+        for name, value in OF_LIVE.items()
+    },
+    **{
+        f"with a plan: {name}": Bad(
+            nothing,
+            f"{GATE} --plan {name} {value}",
+            2,
+            f"{name} would have no effect on --plan, which attacks nothing and writes no file",
+        )
+        for name, value in {**OF_LIVE, **OF_FILES, "--live": ""}.items()
+    },
+    "two idle options": Bad(
+        nothing, f"{GATE} --samples 5 --threads 1", 2, "--samples, --threads would have no effect"
+    ),
+    "assumption": Bad(
+        nothing, f"{GATE} --assume 0", 2, "--assume would have no effect on a verdict; add --plan"
+    ),
+    "assumption of an attack": Bad(nothing, f"{GATE} --live --assume 0.5", 2, "--assume would"),
     "unknown option": Bad(nothing, f"{GATE} --fast", 2, "--fast"),
     "missing report": Bad(nothing, "gate no.json --policy gate.toml", 4, "no.json does not exist"),
     "folder without one": Bad(
@@ -365,9 +406,15 @@ BAD = {
         4,
         "does not go with the validity checks",
     ),
-    "unknown key": Bad(text("gate.toml", RULES + "mad=1"), GATE, 4, "worst_case.mad: unknown key"),
+    "unknown key": Bad(text("gate.toml", RULES + "mad=1"), GATE, 4, "clean.mad: unknown key"),
     "limit": Bad(text("gate.toml", RULES.replace("0.4", "40")), GATE, 4, "less than 1 (got 40)"),
     "no rule": Bad(text("gate.toml", "schema=1"), GATE, 4, "everything would pass"),
+    "no threat": Bad(
+        text("gate.toml", "schema=1\n[worst_case]\nmin_accuracy=0.4"), GATE, 4, "add [threat] with"
+    ),
+    "nothing about classes": Bad(
+        text("gate.toml", RULES + "[per_class]"), GATE, 4, "[per_class] is empty, so it limits"
+    ),
     "no toml": Bad(text("gate.toml", "= 1"), GATE, 4, "is not valid TOML"),
     "no baseline": Bad(
         text("gate.toml", RULES + '[baseline]\nreport="gone.json"'),
@@ -376,7 +423,10 @@ BAD = {
         "gone.json does not exist",
     ),
     "drop without a baseline": Bad(
-        text("gate.toml", "schema=1\n[baseline]\nmax_drop=0.1"), GATE, 4, "give --baseline REPORT"
+        text("gate.toml", f"schema=1\n{THREAT}[baseline]\nmax_drop=0.1"),
+        GATE,
+        4,
+        "give --baseline REPORT",
     ),
     "damaged baseline": Bad(
         truncated("before.json"), f"{GATE} --baseline before.json", 4, "before.json cannot be read"

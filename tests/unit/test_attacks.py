@@ -6,7 +6,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from compressor.attacks import pgd
-from compressor.attacks.gradients import input_gradient
+from compressor.attacks.gradients import evaluate, in_parts, input_gradient
 from compressor.attacks.margin import CONFIDENCE_LOGITS, MarginPGD
 from compressor.attacks.pgd import PGD
 from compressor.losses import cross_entropy
@@ -165,6 +165,27 @@ def test_input_gradient_is_per_example(tiny_network, make_images):
     together = input_gradient(network, x, y, objective=cross_entropy)
     alone = input_gradient(network, x[2:3], y[2:3], objective=cross_entropy)
     assert_close(together[2:3], alone, rtol=0, atol=1e-12)
+
+
+def test_a_model_in_parts_is_the_same_function_and_gradient(tiny_network, make_images):
+    """And no part is larger than allowed, on the way back neither."""
+    x, y = make_images(11)
+    network, sizes = tiny_network.double().eval(), []
+
+    def watched(x_NCHW):
+        sizes.append(len(x_NCHW))
+        return network(x_NCHW)
+
+    parts = in_parts(watched, max_rows=4)
+    x = x.double()
+    whole = evaluate(network, x, y, objective=cross_entropy)
+    found = evaluate(parts, x, y, objective=cross_entropy)
+    torch.testing.assert_close(found.logits_NK, whole.logits_NK)
+    torch.testing.assert_close(found.gradient_NCHW, whole.gradient_NCHW)
+    assert sorted(sizes) == [3, 3, 4, 4, 4, 4]  # each part once and once again
+    sizes.clear()
+    torch.testing.assert_close(parts(x), whole.logits_NK)
+    assert sizes == [4, 4, 3]
 
 
 def test_input_gradient_leaves_no_trace(tiny_network, make_images):

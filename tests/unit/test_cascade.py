@@ -73,6 +73,13 @@ def brightness(limit):
     return answer
 
 
+def dark_or_bright(search, limit, batch, *, sign):
+    """What `search` finds in a model that answers 1 above `limit`, or below it if `sign` is -1."""
+    answer = brightness(limit)
+    found, _ = run(search, lambda x_NCHW: sign * answer(x_NCHW), batch)
+    return found
+
+
 def always(label):
     return lambda x_NCHW: torch.eye(2)[label].expand(len(x_NCHW), 2)
 
@@ -181,11 +188,61 @@ def test_eight_bits_must_fool_too():
     assert [row.fools_in_8_bits for row in found] == [True, False]
 
 
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_eight_bits_need_not_be_the_nearest(norm, sign):
+    """31.7 levels away, the 32nd is outside; the 31st fools the second model, not the first."""
+    epsilon = 31.7475 / 255  # 0.1245
+    pixels = epsilon if norm == "linf" else epsilon * 4  # of 16 pixels
+    search = Move(sign * epsilon, ThreatModel(norm=norm, epsilon_pixels=pixels))
+    for num_levels, expected in [(31.5, False), (30.5, True)]:
+        limit = (100 + sign * num_levels) / 255
+        (row,) = dark_or_bright(search, limit, grey(100 / 255), sign=sign)
+        assert (row.is_fooled, row.fools_in_8_bits) == (True, expected)
+
+
+@pytest.mark.parametrize("levels", [103.2, 103.7])
+def test_eight_bits_may_be_nearer_to_the_clean_image(levels):
+    """Of a model that is wrong between 102.5 and 103.8 levels, though 104 are inside the ball."""
+
+    def answer(x_NCHW):
+        levels_N = x_NCHW.flatten(1).mean(dim=1) * 255
+        is_wrong_N = (levels_N > 102.5) & (levels_N < 103.8)
+        return torch.stack([~is_wrong_N, is_wrong_N], dim=1).float()
+
+    (row,), _ = run(Move((levels - 100) / 255), answer, grey(100 / 255))
+    assert (row.is_fooled, row.fools_in_8_bits) == (True, True)
+
+
+@pytest.mark.parametrize("epsilon", [8 / 255, 0.03137, 0.0314, 0.1245, 1 / 255])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_no_level_is_lost_to_float32(epsilon, sign):
+    """Of the whole levels that epsilon holds, all count, from every level of the clean image.
+
+    Half of the pixels move by so many levels, the others by epsilon.
+    """
+    num_levels = int(epsilon * 255 + 1e-9)
+    by = torch.full((4, 4), sign * epsilon)
+    by[:2] = sign * num_levels / 255
+    search = Move(by, ThreatModel(epsilon_pixels=epsilon))
+    for level in range(40, 216):
+        limit = (level + sign * (num_levels - 0.1)) / 255
+        (row,) = dark_or_bright(search, limit, grey(level / 255), sign=sign)
+        assert (row.is_fooled, row.fools_in_8_bits) == (True, True), level
+
+
 def test_eight_bits_outside_the_ball_do_not_count():
-    """The image is not of 8 bits, so the nearest level is beyond epsilon."""
-    (row,), _ = run(Move(EPSILON), brightness(0.5), grey((0.5 * 255 - 7.9) / 255))
-    assert row.is_fooled
-    assert not row.fools_in_8_bits
+    """Nearer than one level there is none inside but that of the clean image."""
+    epsilon = 0.7 / 255
+    search = Move(epsilon, ThreatModel(epsilon_pixels=epsilon))
+    (row,), _ = run(search, brightness(100.5 / 255), grey(100 / 255))
+    assert (row.is_fooled, row.fools_in_8_bits) == (True, False)
+
+
+def test_an_image_that_stands_does_not_fool_in_eight_bits():
+    """Though rounding may carry it over the boundary: no attack broke it."""
+    (row,), _ = run(Move(3.7 / 255), brightness(103.8 / 255), grey(100 / 255))
+    assert (row.is_fooled, row.fools_in_8_bits) == (False, False)
 
 
 def test_gallery_shows_the_points_of_which_it_speaks():

@@ -16,9 +16,10 @@ from compressor.reports.report import TargetFacts, TestFacts, ValidityRow
 
 
 def policy(**tables):
-    """A policy from tables; without any, a limit on the worst case of 45 %."""
+    """A policy for the threat of the reports; without tables, a limit on the worst case of 45 %."""
     tables = tables or {"worst_case": {"min_accuracy": 0.45}}
-    return GatePolicy.model_validate({"schema": 1} | tables)
+    threat = {"norm": "linf", "epsilon": 8 / 255}
+    return GatePolicy.model_validate({"schema": 1, "threat": threat} | tables)
 
 
 @pytest.fixture
@@ -314,12 +315,56 @@ def test_a_worst_case_over_other_attacks_is_unverified(standing, wanted, expecte
     assert verdict(standing(90, 100), worst_case=rule) == expected
 
 
-def test_weak_attacks_pass_only_where_the_policy_says_so(standing):
-    """Without a word about the protocol it is AutoAttack's."""
-    report = standing(90, 100, protocol="worst of fgsm")
-    limit = {"min_accuracy": 0.45}
-    assert verdict(report, worst_case=limit) == "unverified"
-    assert verdict(report, worst_case=limit | {"protocol": "worst of"}) == "pass"
+WORST_CASE_RULES = {
+    "worst_case": {"min_accuracy": 0.45},
+    "per_class": {"min_worst_case_accuracy": 0.1},
+    "baseline": {"max_drop": 0.9},
+}
+
+
+@pytest.mark.parametrize("name", WORST_CASE_RULES)
+def test_weak_attacks_pass_only_where_the_policy_says_so(standing, name):
+    """Whatever rule takes the worst case; without a word about the protocol it is AutoAttack's."""
+    report = standing(900, 1_000).model_copy(update={"protocol": "worst of fgsm"})
+    rules = {name: WORST_CASE_RULES[name]}
+    result = judge(report, policy(**rules), baseline=report)
+    assert result.verdict == "unverified"
+    assert "protocol: the protocol is 'worst of fgsm', the policy asks for 'Auto" in result.reason
+    content = rules | {"worst_case": {"min_accuracy": 0.45, "protocol": "worst of"}}
+    assert verdict(report, against=report, **content) == "pass"
+
+
+@pytest.mark.parametrize("name", WORST_CASE_RULES)
+def test_autoattack_is_enough_where_less_is(standing, name):
+    report = standing(900, 1_000)
+    content = {"worst_case": {"min_accuracy": 0.45, "protocol": "worst of fgsm"}}
+    rules = {name: WORST_CASE_RULES[name]} | content
+    assert verdict(report, against=report, **rules) == "pass"
+
+
+@pytest.mark.parametrize(
+    "rules", [{"clean": {"min_accuracy": 0.5}}, {"attacks": {"pgd_sat": {"min_accuracy": 0.5}}}]
+)
+def test_rules_without_a_worst_case_take_any_attacks(standing, rules):
+    report = standing(90, 100).model_copy(update={"protocol": "worst of fgsm"})
+    assert verdict(report, **rules) == "pass"
+
+
+@pytest.mark.parametrize("name", WORST_CASE_RULES)
+def test_a_radius_that_is_too_small_is_invalid_for_every_rule(standing, name):
+    report = standing(900, 1_000, epsilon_pixels=1 / 255)
+    assert verdict(report, against=report, **{name: WORST_CASE_RULES[name]}) == "invalid"
+
+
+@pytest.mark.parametrize(
+    ("digits", "expected"), [("e" * 64, "pass"), ("e" * 12, "pass"), ("0" * 64, "invalid")]
+)
+def test_images_must_be_those_that_the_policy_names(standing, digits, expected):
+    rules = {"worst_case": {"min_accuracy": 0.45}, "data": {"content_sha256": digits}}
+    result = judge(standing(90, 100), policy(**rules))
+    assert result.verdict == expected
+    says = f"data: the images have content_sha256 {'e' * 64}, the policy asks for {'0' * 64}"
+    assert (says in result.reason) == (expected == "invalid")
 
 
 # Incomplete reports
@@ -423,6 +468,9 @@ def test_result_says_what_it_is_about_and_what_it_does_not_show(standing):
     result = judge(report, policy())
     assert result.model_sha256 == report.target.sha256
     assert result.caveat == report.caveat
+    facts = (result.data.source, result.data.content_sha256, result.data.index_sha256)
+    assert facts == ("digits", "e" * 64, "f" * 64)
+    assert result.images == "1000 images of digits"
     assert "AutoAttack-style (linf 8/255), each with 95 % confidence." in result.bounded
 
 
@@ -474,6 +522,15 @@ def test_live_waits_for_the_comparison_and_ends_on_a_model_that_is_too_large(inc
     assert decide_live(report, waits, baseline=report).verdict == "undecided"
     too_large = policy(**rule, size={"max_bytes": 1})
     assert decide_live(report, too_large).verdict == "fail"
+
+
+def test_live_waits_for_an_image_that_the_baseline_has(incomplete, standing):
+    """The baseline may be of few of the images that are planned."""
+    report, before = incomplete(70, 100, planned=1_000), standing(4, 4)
+    elsewhere = before.samples.model_copy(update={"index": (996, 997, 998, 999)})
+    before = before.model_copy(update={"samples": elsewhere})
+    assert judge_live(report, policy(), baseline=before).verdict == "invalid"
+    assert decide_live(report, policy(), baseline=before).verdict == "undecided"
 
 
 def test_live_with_an_alarm_ends_undecided(incomplete, standing):

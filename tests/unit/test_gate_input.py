@@ -1,10 +1,11 @@
 """Reports from strangers: whatever is in the file, the gate says what is wrong with it."""
 
+import hashlib
 import json
 
 import pytest
 
-from compressor.errors import RunError
+from compressor.errors import ArtefactMismatchError, RunError
 from compressor.gate.input import read_baseline, read_gated_report
 from compressor.gate.policy import GatePolicy, with_baseline
 from compressor.proportions import Proportion
@@ -147,3 +148,17 @@ def test_baseline_is_read_where_the_policy_names_one(written, make_report):
     policy = GatePolicy.model_validate({"schema": 1, "clean": {"min_accuracy": 0.5}})
     assert read_baseline(policy) is None
     assert read_baseline(with_baseline(policy, written[0])) == make_report()
+
+
+def test_a_run_is_not_judged_by_the_report_of_other_weights(make_report, tmp_path):
+    """They may have been put there after the verification."""
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    sha256 = hashlib.sha256(b"weights").hexdigest()
+    facts = make_report().target.model_copy(update={"sha256": sha256})
+    write_report(make_report(target=facts), tmp_path / "report.json")
+    assert read_gated_report(tmp_path).target.sha256 == sha256
+    (tmp_path / "model.safetensors").write_bytes(b"others")
+    with pytest.raises(ArtefactMismatchError, match=f"is about weights with SHA-256 {sha256[:12]}"):
+        read_gated_report(tmp_path)
+    (tmp_path / "model.safetensors").unlink()  # a report travels without its weights
+    assert read_gated_report(tmp_path).target.sha256 == sha256

@@ -37,7 +37,8 @@ def result_of(make_report):
         report = make_report(
             (None,) * num_standing + ("pgd_sat",) * (1_000 - num_standing), **changes
         )
-        policy = GatePolicy.model_validate({"schema": 1, "inconclusive": setting} | tables)
+        head = {"schema": 1, "inconclusive": setting, "threat": {"norm": "linf", "epsilon": 0.03}}
+        policy = GatePolicy.model_validate(head | tables)
         return judge(report, policy, baseline=make_report((None,) * 1_000))
 
     return result
@@ -68,6 +69,7 @@ def test_junit_has_one_case_a_check_and_a_rule(result_of):
     result = result_of()
     assert cases(result) == {
         "report": "passed",
+        "threat": "passed",
         "protocol": "passed",
         "zero_gradient": "passed",
         "baseline": "passed",
@@ -110,9 +112,23 @@ def test_junit_of_an_invalid_evaluation_has_errors_and_no_failure(invalid):
 def test_junit_counts_and_messages(result_of):
     suite = ElementTree.fromstring(to_junit(result_of(100, tables=WORST_CASE))).find("testsuite")
     counts = {key: suite.get(key) for key in ("tests", "failures", "errors", "skipped")}
-    assert counts == {"tests": "5", "failures": "1", "errors": "0", "skipped": "0"}
+    assert counts == {"tests": "6", "failures": "1", "errors": "0", "skipped": "0"}
     failure = suite.find("testcase/failure")
     assert "at most 11.70 % with 95 % confidence, shown on 1000 images" in failure.get("message")
+
+
+def test_every_form_says_which_images_and_which_model(result_of, make_report):
+    facts = make_report().data.model_copy(update={"num_planned": 2_000, "num_available": 2_000})
+    result = result_of(data=facts, status="incomplete", status_reason="the budget ended")
+    images = "1000 of 2000 planned images of digits (content_sha256 eeeeeeeeeeee)"
+    found = {"model_sha256": "b" * 64, "images": images}
+    suite = ElementTree.fromstring(to_junit(result)).find("testsuite")
+    properties = suite.findall("properties/property")
+    assert {one.get("name"): one.get("value") for one in properties} == found
+    assert suite[0].tag == "properties"
+    (run,) = to_sarif(result, policy_uri="gate.toml")["runs"]
+    assert run["properties"] == {"verdict": result.verdict} | found
+    assert f"n = {images}." in to_summary(result).replace("\\", "")
 
 
 def test_junit_of_a_check_that_was_not_run(result_of):
@@ -179,6 +195,7 @@ def test_sarif_identifiers_are_stable():
         ({"baseline": {"max_drop": 0.01}}, "RC010"),
         ({"worst_case": {"min_accuracy": 0.1, "protocol": "AutoAttack (compat)"}}, "RC002"),
         ({"size": {"max_bytes": 10**9}, "threat": {"norm": "l2", "epsilon": 0.1}}, "RC003"),
+        ({"size": {"max_bytes": 10**9}, "data": {"content_sha256": "0" * 64}}, "RC003"),
     ],
 )
 def test_sarif_identifier_of_each_problem(result_of, table, expected):

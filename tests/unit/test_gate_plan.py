@@ -23,7 +23,8 @@ from compressor.proportions import Proportion
 
 
 def policy(**tables):
-    return GatePolicy.model_validate({"schema": 1} | tables)
+    threat = {"norm": "linf", "epsilon": 8 / 255}
+    return GatePolicy.model_validate({"schema": 1, "threat": threat} | tables)
 
 
 @cache
@@ -146,8 +147,8 @@ def test_plan_with_a_report_takes_what_it_measured(make_report):
 
 def test_cost_is_as_measured_or_what_autoattack_needs_at_least(make_report):
     measured = image_cost(make_report(), accuracy=0.5)
-    assert (measured.num_forwards, measured.num_backwards) == (180.0, 90.0)  # 8 + 5 + 5 tried
-    assert measured.duration_seconds == pytest.approx(0.45)
+    assert (measured.num_forwards, measured.num_backwards) == (280.0, 140.0)  # 8 + 4 * 5 tried
+    assert measured.duration_seconds == pytest.approx(0.75)
     assumed = image_cost(None, accuracy=1.0)
     assert (assumed.num_forwards, assumed.num_backwards) == (7_852, 1_910)
     assert image_cost(None, accuracy=0.0).num_forwards == 102

@@ -8,7 +8,8 @@ import pytest
 from compressor.gate.policy import GatePolicy, PolicyError, load_policy, with_baseline
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "gate.toml"
-RULE = "[worst_case]\nmin_accuracy = 0.25\n"
+RULE = "[clean]\nmin_accuracy = 0.25\n"
+THREAT = '[threat]\nnorm = "linf"\nepsilon = "8/255"\n'
 
 
 @pytest.fixture
@@ -43,7 +44,7 @@ def test_example_shows_every_table_and_key(load):
 def test_defaults(load):
     policy = load(RULE)
     assert (policy.confidence, policy.inconclusive) == (0.95, "inconclusive")
-    assert policy.clean is None
+    assert policy.worst_case is None
     assert policy.baseline.report is None
 
 
@@ -53,7 +54,7 @@ def test_limits_are_fractions_however_they_are_written(load, text):
 
 
 def test_baseline_is_relative_to_the_policy_and_not_in_any_result(load, tmp_path):
-    policy = load('[baseline]\nreport = "old/report.json"\nmax_drop = 0\n')
+    policy = load(THREAT + '[baseline]\nreport = "old/report.json"\nmax_drop = 0\n')
     assert policy.baseline.report == str(tmp_path / "policies" / "old" / "report.json")
     assert "old" not in policy.model_dump_json()
     other = with_baseline(policy, Path("new.json"))
@@ -91,9 +92,18 @@ REFUSED = {
     ),
     "norm": (RULE + '[threat]\nnorm = "l1"\nepsilon = 0.1\n', "threat.norm: must be 'linf' or"),
     "no epsilon": (RULE + '[threat]\nnorm = "l2"\n', "threat.epsilon: is missing"),
-    "drop": ("[baseline]\nmax_drop = 2\n", "baseline.max_drop: must be less than or equal to 1"),
+    "drop": ("[baseline]\nmax_drop = 1\n", "baseline.max_drop: must be less than 1 (got 1)"),
     "half a byte": ("[size]\nmax_bytes = 0.5\n", "size.max_bytes: must be a whole number"),
     "empty protocol": ('[worst_case]\nmin_accuracy = 0.2\nprotocol = ""\n', "must not be empty"),
+    "nothing about classes": (RULE + "[per_class]\n", "[per_class] is empty, so it limits nothing"),
+    "nothing about attacks": (RULE + "[attacks]\n", "[attacks] is empty"),
+    "no budget": (RULE + "[budget]\n", "[budget] is empty"),
+    "two empty tables": (RULE + "[size]\n[baseline]\n", "[size], [baseline] is empty"),
+    "no images": (RULE + "[data]\n", "data.content_sha256: is missing"),
+    "few digits": (
+        RULE + '[data]\ncontent_sha256 = "abc"\n',
+        "data.content_sha256: must be 12 to 64 of the digits 0 to 9 and a to f (got 'abc')",
+    ),
     "two problems": (
         "confidence = 2\n[clean]\nmin_accuracy = 3\n",
         "confidence: must be less than 1 (got 2)",
@@ -109,6 +119,56 @@ def test_refused(load, text, says):
     assert says in message
     assert "gate.toml is not a gate policy" in message
     assert "pydantic" not in message
+
+
+UNDER_ATTACK = {
+    "worst case": "[worst_case]\nmin_accuracy = 0.2\n",
+    "classes": "[per_class]\nmin_worst_case_accuracy = 0.2\n",
+    "drop": "[baseline]\nmax_drop = 0\n",
+    "attacks": "[attacks.fgsm]\nmin_accuracy = 0.2\n",
+}
+
+
+@pytest.mark.parametrize("text", UNDER_ATTACK.values(), ids=UNDER_ATTACK)
+def test_rules_about_attacks_need_a_threat(load, text):
+    says = r'add \[threat\] with norm = "linf" and epsilon = "8/255"'
+    with pytest.raises(PolicyError, match=says):
+        load(text)
+    assert load(text + THREAT).threat.norm == "linf"
+
+
+@pytest.mark.parametrize("text", [RULE, "[per_class]\nmin_clean_accuracy = 0.2\n"])
+def test_rules_without_attacks_need_no_threat_and_ask_for_no_protocol(load, text):
+    policy = load(text)
+    assert policy.threat is None
+    assert not policy.judges_worst_case
+
+
+@pytest.mark.parametrize(
+    ("wanted", "protocol", "accepted"),
+    [
+        (None, "AutoAttack-style", True),
+        (None, "AutoAttack (compat)", True),
+        (None, "worst of fgsm", False),
+        ("worst of", "worst of fgsm", True),
+        ("worst of", "AutoAttack-style", True),
+        ("worst of fgsm, pgd_sat", "worst of fgsm", False),
+        ("worst of fgsm, pgd_sat", "AutoAttack (compat)", True),
+        ("worst of", "no attack", False),
+        ("AutoAttack (compat)", "AutoAttack-style", False),
+    ],
+)
+def test_protocol_is_the_one_asked_for_or_autoattack(load, wanted, protocol, accepted):
+    own = "" if wanted is None else f'[worst_case]\nmin_accuracy = 0.2\nprotocol = "{wanted}"\n'
+    policy = load(UNDER_ATTACK["classes"] + THREAT + own)
+    assert policy.accepts_protocol(protocol) == accepted
+
+
+def test_images_are_named_by_their_hash_or_its_beginning(load):
+    for digits in ("ab" * 32, "ab" * 6):
+        rule = load(f'{RULE}[data]\ncontent_sha256 = "{digits}"\n').data
+        assert rule.is_about("ab" * 32)
+        assert not rule.is_about("ba" * 32)
 
 
 def test_all_problems_are_named_at_once(load):

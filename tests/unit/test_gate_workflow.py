@@ -9,7 +9,7 @@ import compressor.gate_workflow
 from compressor.attacks.apgd import APGD
 from compressor.errors import BudgetSpentError, RunError, UsageError
 from compressor.gate.gate import judge_live
-from compressor.gate.policy import GatePolicy, with_baseline
+from compressor.gate.policy import GatePolicy, PolicyError, with_baseline
 from compressor.gate_workflow import CHUNK_SIZE, gate_live
 from compressor.performance_settings import PerformanceSettings
 from compressor.reports.report import ValidityRow, read_report
@@ -18,6 +18,14 @@ from compressor.verification.request import build_stages
 
 SETTINGS = PerformanceSettings(device="cpu", training_dtype="float32", num_threads=1)
 NUM_TEST_IMAGES = 497
+CHECK = ValidityRow(
+    name="planted_check",
+    status="alarm",
+    found="9 of 10",
+    threshold="alarm above 1 %",
+    p_value=None,
+    advice="attack again",
+)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +47,9 @@ def run(trained, tmp_path, monkeypatch):
 
 
 def policy(**tables):
-    return GatePolicy.model_validate({"schema": 1, **tables})
+    """For the radius of the run, unless the tables have another."""
+    threat = {"norm": "linf", "epsilon": "64/255"}
+    return GatePolicy.model_validate({"schema": 1, "threat": threat} | tables)
 
 
 def limit(min_accuracy):
@@ -65,6 +75,12 @@ def test_a_generous_policy_passes_early(run):
     )
     assert report.protocol == "AutoAttack-style"
     assert judge_live(report, policy(clean=limit(0.6))) == result
+
+
+@pytest.mark.parametrize(("asked", "planned"), [(60, 60), (5_000, NUM_TEST_IMAGES)])
+def test_at_most_so_many_images_are_planned(run, asked, planned):
+    result = live(run, policy(clean=limit(0.6)), num_images=asked)
+    assert (result.verdict, result.num_planned) == ("pass", planned)
 
 
 def test_a_pass_takes_as_many_chunks_as_it_needs(run):
@@ -104,7 +120,9 @@ def test_worst_case_is_judged_live_too(run, monkeypatch):
         )
 
     monkeypatch.setattr("compressor.verification.request.build_stages", build)
-    monkeypatch.setattr("compressor.verification_workflow.check_verification", lambda *_, **__: ())
+    check = CHECK.model_copy(update={"status": "passed"})
+    workflow = "compressor.verification_workflow"
+    monkeypatch.setattr(f"{workflow}.check_verification", lambda *_, **__: (check,))
     monkeypatch.setattr(compressor.gate_workflow, "CHUNK_SIZE", 20)
     threat = {"norm": "linf", "epsilon": "2/255"}
     rules = policy(worst_case=limit(0.5) | {"protocol": "AutoAttack"}, threat=threat)
@@ -134,16 +152,8 @@ def test_only_the_files_of_the_live_report_are_written(run):
 
 
 def test_an_alarm_after_the_decision_is_no_pass(run, monkeypatch):
-    alarm = ValidityRow(
-        name="planted_alarm",
-        status="alarm",
-        found="9 of 10",
-        threshold="alarm above 1 %",
-        p_value=None,
-        advice="attack again",
-    )
     monkeypatch.setattr(
-        "compressor.verification_workflow.check_verification", lambda *_, **__: (alarm,)
+        "compressor.verification_workflow.check_verification", lambda *_, **__: (CHECK,)
     )
     result = live(run, policy(clean=limit(0.6)))
     assert (result.verdict, result.exit_code) == ("invalid", 7)
@@ -200,11 +210,12 @@ def test_a_decision_leaves_no_journal(run):
 # What is refused before anything is attacked
 
 
+def fail(*_, **__):
+    raise AssertionError("an attack was begun")
+
+
 @pytest.fixture
 def no_attack(monkeypatch):
-    def fail(*_, **__):
-        raise AssertionError("an attack was begun")
-
     monkeypatch.setattr("compressor.gate_workflow.attack_chunks", fail)
 
 
@@ -217,3 +228,52 @@ def test_a_missing_baseline_is_missed_first(run, no_attack, tmp_path):
 def test_an_attack_that_does_not_exist_is_missed_first(run, no_attack):
     with pytest.raises(UsageError, match="there is no attack pgd_20"):
         live(run, policy(attacks={"pgd_20": limit(0.5)}))
+
+
+@pytest.mark.parametrize("name", ["apgd_t", "square", "papers", "autoattack"])
+def test_an_attack_without_an_accuracy_of_its_own_is_missed_first(run, no_attack, name):
+    """The live gate runs the whole cascade, in which it tries what others have left."""
+    says = f"attacks.{name}: gate --live cannot show .* only fgsm, pgd_sat, pgd_trades, cw_inf try"
+    with pytest.raises(PolicyError, match=says):
+        live(run, policy(attacks={"fgsm": limit(0.5), name: limit(0.5)}))
+
+
+def test_other_images_than_the_policy_names_are_missed_first(run, no_attack):
+    with pytest.raises(PolicyError, match=f"data: .* the policy asks for {'0' * 64}"):
+        live(run, policy(clean=limit(0.5), data={"content_sha256": "0" * 64}))
+
+
+def test_a_protocol_that_is_not_run_live_is_missed_first(run, no_attack):
+    rules = policy(worst_case=limit(0.5) | {"protocol": "AutoAttack (compat)"})
+    with pytest.raises(PolicyError, match="protocol: the protocol is 'AutoAttack-style', the pol"):
+        live(run, rules)
+
+
+def in_data(**changes):
+    return lambda report: {"data": report.data.model_copy(update=changes)}
+
+
+def in_samples(**changes):
+    return lambda report: {"samples": report.samples.model_copy(update=changes)}
+
+
+OTHER_BASELINES = {
+    "images": in_data(content_sha256="0" * 64),
+    "classes": in_data(class_names=tuple("abcdefghij")),
+    "epsilon_pixels": lambda _: {"epsilon_pixels": 1 / 255},
+    "protocol": lambda _: {"protocol": "AutoAttack (compat)"},
+    "no image in common": in_samples(index=tuple(range(1_000, 1_050))),
+    "other labels": in_samples(label=(0,) * 50),
+}
+
+
+@pytest.mark.parametrize("says", OTHER_BASELINES)
+def test_a_baseline_of_another_question_is_missed_first(run, monkeypatch, says):
+    rules = policy(clean=limit(0.6))
+    live(run, rules)
+    report = read_report(run.report("live").json)
+    other = report.model_copy(update=OTHER_BASELINES[says](report))
+    monkeypatch.setattr(compressor.gate_workflow, "read_baseline", lambda _: other)
+    monkeypatch.setattr(compressor.gate_workflow, "attack_chunks", fail)
+    with pytest.raises(PolicyError, match=f"nothing was attacked.* baseline: .*{says}"):
+        live(run, rules)

@@ -165,7 +165,7 @@ def test_sections_come_in_order(page):
         (2, "Accuracy per class"),
         (2, "Confusion under attack"),
         (2, "Adversarial images"),
-        (3, "The clearest: wrong with the widest margin"),
+        (3, "The clearest: the highest confidence in a wrong answer"),
         (2, "Training"),
         (2, "Validity checks"),
         (2, "Rounding to 8 bits"),

@@ -89,6 +89,36 @@ def test_a_damaged_beginning_begins_anew(path, content):
     assert path.read_text() == json.dumps(PLAN) + "\n"
 
 
+WHOLE = outcome(1).to_json()
+NO_OUTCOMES = {
+    "fields": {"chunk": 0},
+    "empty": {},
+    "a list": [1],
+    "nothing": None,
+    "the plan": PLAN,
+    "a field of an image": WHOLE | {"found": [{"place": 0}]},
+    "a strange field": WHOLE | {"found": [WHOLE["found"][0] | {"margin": None}]},
+    "no images": WHOLE | {"found": 3},
+    "a strange image": WHOLE | {"found": [1]},
+    "a strange picture": WHOLE | {"gallery": [{"group": "closest"}]},
+    "a strange chunk": WHOLE | {"chunk": [0]},
+    "a strange stage": WHOLE | {"stage": None},
+    "no duration": {key: WHOLE[key] for key in WHOLE.keys() - {"duration_seconds"}},
+}
+
+
+@pytest.mark.parametrize("what", NO_OUTCOMES)
+def test_what_follows_a_line_that_is_no_outcome_is_lost(path, filled, what):
+    """It is JSON all the same; what was read before it stays, and goes on."""
+    first, second, *rest = filled.splitlines(keepends=True)
+    line = json.dumps(NO_OUTCOMES[what]).encode() + b"\n"
+    path.write_bytes(b"".join([first, second, line, *rest]))
+    journal = Journal.open(path, PLAN)
+    assert path.read_bytes() == first + second
+    journal.add(outcome(2))
+    assert known(path) == [(0, "clean"), (2, "fgsm")]
+
+
 @pytest.mark.parametrize(
     "change",
     [{"seed": 1}, {"attacks": ["fgsm", "square"]}, {"threat": {"norm": "linf"}}, {"more": 1}],

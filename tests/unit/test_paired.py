@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compressor.gate.paired import (
+    Asked,
     BrokenImage,
     Comparison,
     compare,
@@ -137,6 +138,10 @@ def test_drop_bounds_mirror_when_the_models_change_places(make_report):
     assert mirrored == pytest.approx((-high, -low))
 
 
+def mismatch_of(report, baseline):
+    return mismatch(Asked.of(report), baseline)
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -147,27 +152,27 @@ def test_drop_bounds_mirror_when_the_models_change_places(make_report):
     ],
 )
 def test_mismatch_names_the_difference(make_report, change, says):
-    assert says in mismatch(make_report(), make_report(**change))
+    assert says in mismatch_of(make_report(), make_report(**change))
 
 
 def test_mismatch_of_the_data(make_report):
     report, facts = make_report(), make_report().data
     other = facts.model_copy(update={"content_sha256": "0" * 64})
-    assert "images (content_sha256) differ" in mismatch(report, make_report(data=other))
+    assert "images (content_sha256) differ" in mismatch_of(report, make_report(data=other))
     other = TestFacts(**facts.model_dump() | {"class_names": ("a", "b", "c", "d")})
-    assert "classes differ" in mismatch(report, make_report(data=other))
+    assert "classes differ" in mismatch_of(report, make_report(data=other))
 
 
 def test_mismatch_of_samples(make_report):
     report = make_report(broken(num=4))
     columns = {"broken_by": (None,) * 4, "prediction": (None,) * 4}
     elsewhere = SampleTable(index=(4, 5, 6, 7), label=(0, 1, 2, 3), **columns)
-    assert "no image in common" in mismatch(report, make_report((None,) * 4, samples=elsewhere))
+    assert "no image in common" in mismatch_of(report, make_report((None,) * 4, samples=elsewhere))
     relabelled = SampleTable(index=(0, 1, 2, 3), label=(0, 1, 2, 0), **columns)
-    assert "other labels" in mismatch(report, make_report((None,) * 4, samples=relabelled))
+    assert "other labels" in mismatch_of(report, make_report((None,) * 4, samples=relabelled))
 
 
 def test_no_mismatch_with_another_part_or_an_incomplete_one(make_report):
     report = make_report((None,) * 8)
     facts = report.data.model_copy(update={"num_planned": 20, "index_sha256": "0" * 64})
-    assert mismatch(report, make_report((None,) * 6, status="incomplete", data=facts)) is None
+    assert mismatch_of(report, make_report((None,) * 6, status="incomplete", data=facts)) is None

@@ -185,6 +185,7 @@ def test_l2_radii_are_not_in_255ths(make_report):
         (None, "Not measured."),
         (EightBitFacts(num_found=0, num_still_fooling=0), "there is none to round"),
         (EightBitFacts(num_found=4, num_still_fooling=0), "0.00 % (0 of 4)"),
+        (EightBitFacts(num_found=4, num_still_fooling=3), "or towards the clean image where that"),
     ],
 )
 def test_rounding(facts, expected, make_report):
@@ -212,7 +213,9 @@ def test_answer_without_a_name_has_its_number(make_report):
 
 
 def test_without_measured_things(make_report):
-    text = to_markdown(make_report(cost=(), curve=(), validity=(), eight_bit=None))
+    nothing = {"status": "unverified", "worst_case": None, "attacks": (), "validity": ()}
+    report = make_report((None, "clean"), **nothing, cost=(), curve=(), eight_bit=None)
+    text = to_markdown(report)
     assert text.count("Not measured.") == 2
     assert "None was run." in text
     assert "## Accuracy against epsilon" not in text

@@ -18,10 +18,12 @@ from compressor.errors import (
     WeightsError,
 )
 from compressor.networks import NetworkSpec, build_classifier
+from compressor.onnx_model import load_onnx_model
 from compressor.performance_settings import PerformanceSettings
 from compressor.recipe import DataRecipe
 from compressor.run_directory import RunDirectory
-from compressor.verification.target import load_target, open_target
+from compressor.verification.rows import cost_rows
+from compressor.verification.target import load_target, open_target, refuse_other_source
 from compressor.weights import sha256_of_file
 from exporters.workflow import export_run
 
@@ -183,6 +185,50 @@ def test_another_source_is_refused(run, split, tmp_path, train_on_digits):
         load_target(target, split)
 
 
+class OtherSource(torch.nn.Module):
+    """Answers the first images with class 1, all others with 0."""
+
+    def __init__(self, *, num_others):
+        super().__init__()
+        self.sizes, self.num_others = [], num_others
+
+    def forward(self, x_NCHW):
+        rows_N = torch.arange(len(x_NCHW)) + sum(self.sizes)
+        self.sizes.append(len(x_NCHW))
+        is_other_N = rows_N < self.num_others
+        return torch.stack([~is_other_N, is_other_N], dim=1).float()
+
+
+@pytest.mark.parametrize(
+    ("num_images", "sizes"),
+    [(20, [20]), (50, [50]), (70, [50, 20]), (260, [50] * 5)],
+)
+def test_a_file_is_compared_with_its_source_a_few_images_at_a_time(tmp_path, num_images, sizes):
+    recipe = DataRecipe(source="digits", validation_size=50)
+    split = load_test_split(
+        recipe, settings=SETTINGS, device=torch.device("cpu"), num_images=num_images
+    )
+    onnx, num_compared = load_onnx_model(Path(linear_file(tmp_path / "x.onnx"))), sum(sizes)
+    source = OtherSource(num_others=num_compared // 10)
+    refuse_other_source(onnx, source, split, source_sha256="0")
+    assert source.sizes == sizes
+    source = OtherSource(num_others=num_compared // 10 + 1)
+    same = f"{num_compared - source.num_others} of {num_compared}"
+    with pytest.raises(ArtefactMismatchError, match=f"{same}.* test images, fewer than 90 %"):
+        refuse_other_source(onnx, source, split, source_sha256="0")
+
+
+def test_a_file_answers_with_as_many_threads_as_the_process(run):
+    """As its latency is said to be."""
+    for num_threads in (1, 2):
+        torch.set_num_threads(num_threads)
+        try:
+            onnx = open_target(str(run.onnx("fp32")), source=None).onnx
+        finally:
+            torch.set_num_threads(1)
+        assert onnx.session.get_session_options().intra_op_num_threads == num_threads
+
+
 def test_a_source_without_a_gradient_is_none(run, split, tmp_path):
     other = linear_file(tmp_path / "other.onnx")
     target = open_target(str(run.onnx("fp32")), source=other)
@@ -262,3 +308,37 @@ def test_training_images_are_refused(run, split, as_source):
     known = replace(split, content_sha256=trained_on)
     with pytest.raises(DataError, match="the test images are the training images of this run"):
         load_target(open_target(str(path), source=source), known)
+
+
+# What it costs
+
+
+def costs(run, split):
+    target = open_target(str(run.path), source=None)
+    return [row.name for row in cost_rows(target, load_target(target, split), ())]
+
+
+def spoil(file, content):
+    file.unlink() if content is None else file.write_bytes(content)
+
+
+def test_the_export_of_the_present_weights_has_a_cost(copy, split):
+    assert costs(copy, split) == ["student tiny", "model.fp32.onnx"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [None, b"", b"{", b"\xff\xfe", b"{}", b"[1]", b"null", b'{"source_sha256": null}']
+    + [b'{"source_sha256": "0"}'],
+    ids=str,
+)
+def test_an_export_of_which_nothing_is_known_has_none(copy, split, content):
+    """Its row is not worth the hours of attacks that come before it."""
+    spoil(copy.onnx_verification("fp32"), content)
+    assert costs(copy, split) == ["student tiny"]
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no ONNX"], ids=str)
+def test_an_export_that_cannot_be_run_has_none(copy, split, content):
+    spoil(copy.onnx("fp32"), content)
+    assert costs(copy, split) == ["student tiny"]

@@ -4,13 +4,17 @@ import csv
 import json
 import shutil
 from dataclasses import dataclass, replace
+from itertools import product
 
 import pytest
 import torch
 from PIL import Image
 
+from compressor.attacks.apgd import APGD
 from compressor.attacks.build import selection_attack
 from compressor.attacks.search import SearchResult
+from compressor.attacks.transfer import Transfer
+from compressor.data import evaluation_batches, load_test_split
 from compressor.errors import (
     ArtefactMismatchError,
     BudgetSpentError,
@@ -21,13 +25,19 @@ from compressor.errors import (
     RunError,
     UsageError,
 )
+from compressor.losses import dlr
 from compressor.performance_settings import PerformanceSettings
+from compressor.recipe import DataRecipe
 from compressor.recipe_file import parse_recipe
 from compressor.reports.report import ValidityRow, read_report
 from compressor.run_directory import RunDirectory
 from compressor.threat import ThreatModel
+from compressor.verification.cascade import Subject
+from compressor.verification.doubt import check_verification
+from compressor.verification.journal import Journal
 from compressor.verification.request import VerificationRequest, prepare
-from compressor.verification_workflow import verify
+from compressor.verification.verification import attack_chunks
+from compressor.verification_workflow import conclude, verify
 from compressor.weights import sha256_of_file
 from exporters.workflow import export_run
 
@@ -396,18 +406,109 @@ def kept(before, folder):
     return all(after.get(name) == content for name, content in before.items())
 
 
-def test_other_models_and_other_images_do_not_replace_a_report(run, tmp_path, quick):
-    """In a folder that they share."""
+def test_reports_of_another_model_are_moved_aside(run, tmp_path, quick):
+    """In a folder that they share, the name belongs to what was verified last."""
     folder = tmp_path / "out"
-    _, first = verify(request_for(run.path, folder=folder))
-    before = contents_of(folder)
-    other = {"source": str(run.path), "folder": folder}
-    report, second = verify(request_for(run.onnx("fp32"), **other))
-    assert kept(before, folder)
-    sha256, content = report.target.sha256, report.data.content_sha256
-    assert second.label == f"{first.label}-{sha256[:8]}-{content[:8]}"
-    verify(request_for(run.path, folder=folder))
-    assert len(contents_of(folder)) == 2 * len(before)  # each replaces its own
+    of_run, first = verify(request_for(run.path, folder=folder))
+    before = [path.read_bytes() for path in paths_of(first)]
+    of_file, second = verify(request_for(run.onnx("fp32"), source=str(run.path), folder=folder))
+    assert second == first
+    assert read_report(first.json) == of_file
+    words = (of_run.target.sha256[:8], of_run.data.content_sha256[:8])
+    assert [path.read_bytes() for path in paths_of(first.labelled(*words))] == before
+    assert read_report(verify(request_for(run.path, folder=folder))[1].json).target.kind == "run"
+    words = (of_file.target.sha256[:8], of_file.data.content_sha256[:8])
+    assert read_report(first.labelled(*words).json) == of_file
+
+
+def digits_folder(folder, *, num_of_each, num_copies=1):
+    """Digits as an image folder, some of each class, each as often as wanted."""
+    split = load_test_split(
+        DataRecipe(source="digits", validation_size=100), settings=SETTINGS, device="cpu"
+    )
+    (batch,) = evaluation_batches(split, batch_size=split.num_images)
+    for part in ("train", "test"):
+        for label in range(10):
+            (folder / part / str(label)).mkdir(parents=True)
+            places = (batch.y_N == label).nonzero()[: num_of_each(label), 0].tolist()
+            for place, copy_number in product(places, range(num_copies)):
+                levels = (batch.x_NCHW[place, 0] * 255).round().byte().numpy()
+                file = folder / part / str(label) / f"{place}-{copy_number}.png"
+                Image.fromarray(levels).save(file)
+    return f"imagefolder:{folder}"
+
+
+def test_reports_on_other_images_are_moved_aside(run, tmp_path, quick):
+    """Or a gate would go on judging an easier set that happened to be verified first."""
+    easy = digits_folder(tmp_path / "easy", num_of_each=lambda _: 4)
+    on_easy, first = verify(request_for(run.path, folder=tmp_path / "out", data_source=easy))
+    on_own, second = verify(request_for(run.path, folder=tmp_path / "out"))
+    assert first == second
+    assert read_report(second.json).data == on_own.data != on_easy.data
+
+
+def test_copies_of_images_are_no_evidence(run, tmp_path, quick):
+    copies = digits_folder(tmp_path / "copies", num_of_each=lambda _: 2, num_copies=2)
+    request = request_for(run.path, folder=tmp_path / "out", data_source=copies)
+    report, _ = verify(request)
+    assert report.status == "invalid"
+    (row,) = (row for row in report.validity if row.status == "alarm")
+    assert (row.name, row.found) == ("repeated_images", "20 of 40 images are copies of others")
+
+
+def test_a_part_of_the_images_has_the_classes_in_proportion(run, tmp_path, quick):
+    """A balanced part of an unbalanced set would estimate another accuracy than that of the set."""
+    source = digits_folder(tmp_path / "d", num_of_each=lambda label: 40 if label == 0 else 4)
+    request = request_for(run.path, folder=tmp_path / "out", data_source=source, num_images=19)
+    report, _ = verify(request)
+    counts = [report.samples.label.count(label) for label in range(10)]
+    assert counts == [10] + 9 * [1]
+    assert (report.data.num_planned, report.data.num_available) == (19, 76)
+
+
+def test_images_that_a_transferred_one_broke_are_no_claim_of_the_white_box(run, tmp_path, quick):
+    """APGD-T does not try them, so that they stood against it would be a false alarm's reason."""
+    request = request_for(run.path, folder=tmp_path / "out", num_images=None)
+    prepared = prepare(replace(request, attacks=("apgd_t",)))
+    network = prepared.model.network
+    (apgd_t,) = prepared.stages
+    transfer = replace(
+        apgd_t,
+        name="transfer",
+        kind="transfer",
+        search=Transfer(attack=APGD(threat=prepared.threat, objective=dlr), sources=[network]),
+        runs_on="answer",
+    )
+    stages = (transfer, apgd_t)
+    prepared = replace(prepared, stages=stages, plan=replace(prepared.plan, stages=stages))
+    with prepared.subject() as subject:
+        *_, found = attack_chunks(
+            subject, prepared.split, prepared.plan, journal=Journal.in_memory()
+        )
+        rows = check_verification(prepared, subject, found)
+    broken_by = [sample.broken_by for sample in found.samples]
+    assert broken_by.count("transfer") > 200 > broken_by.count("apgd_t")
+    assert not [row for row in rows if row.status == "alarm"]
+
+
+def test_checks_and_curve_take_no_more_images_at_once_than_a_chunk(run, tmp_path, monkeypatch):
+    """Or they would run out of memory where images are large, after hours of attacks."""
+    prepared = prepare(request_for(run.path, folder=tmp_path, num_images=30, batch_size=8))
+    largest = []
+
+    def watched(model):
+        def answer(x_NCHW):
+            largest.append(len(x_NCHW))
+            return model(x_NCHW)
+
+        return answer
+
+    with prepared.subject() as subject:
+        *_, found = attack_chunks(
+            subject, prepared.split, prepared.plan, journal=Journal.in_memory()
+        )
+        conclude(prepared, Subject(**{k: watched(v) for k, v in vars(subject).items()}), found)
+    assert max(largest) == 8
 
 
 def test_a_file_without_its_source_does_not_replace_a_verified_report(run, tmp_path, quick):

@@ -34,6 +34,7 @@ def workplace(make_report, tmp_path):
     command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m cli.main "$@"\n')
     command.chmod(0o755)
     text = "schema = 1\n[worst_case]\nmin_accuracy = 0.45\n"
+    text += '[threat]\nnorm = "linf"\nepsilon = "8/255"\n'
     (tmp_path / "gate.toml").write_text(text)
     for name, num_standing in (("pass", 400), ("fail", 150), ("inconclusive", 230)):
         kinds = (None,) * num_standing + ("pgd_sat",) * (500 - num_standing)
@@ -131,7 +132,7 @@ def test_gitlab_job_ends_with_the_verdict_and_leaves_test_cases(workplace, name,
     assert done.returncode == code, done.stderr
     job = read("gitlab-ci.yml")["robustness-gate"]
     suite = ElementTree.parse(workplace / job["artifacts"]["reports"]["junit"]).find("testsuite")
-    assert int(suite.get("tests")) == 4
+    assert int(suite.get("tests")) == 5
     assert (int(suite.get("failures")), int(suite.get("errors"))) == {
         "pass": (0, 0),
         "fail": (1, 0),

@@ -259,6 +259,8 @@ def test_an_invalid_report_shows_no_worst_case(folder, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "worst case  " not in out
     assert "images stand" not in out
+    assert "fgsm" in out
+    assert len(re.findall(r"\d\.\d\d %", out)) == 1  # clean; none under attack, no W-Robust
     assert "ALARM planted_alarm: 9 of 10; alarm above 1 %. attack again" in out
 
 
