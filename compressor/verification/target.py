@@ -188,7 +188,10 @@ def refuse_other_source(
             f"{onnx.path} was exported from weights with SHA-256 {named}, the source has "
             f"{source_sha256}; give the run it was exported from with --source"
         )
-    order_N = torch.arange(split.num_images, device=split.index_N.device)[:NUM_COMPARED_IMAGES]
+    # Spread over the split, as folders have one class after the other.
+    num_compared = min(NUM_COMPARED_IMAGES, split.num_images)
+    places_N = torch.arange(num_compared, device=split.index_N.device)
+    order_N = places_N * split.num_images // num_compared
     batches = evaluation_batches(split, batch_size=_NUM_AT_ONCE, order_N=order_N)
     is_same_N = torch.cat([_same_answers(onnx, network, batch.x_NCHW.cpu()) for batch in batches])
     same = Proportion(num_correct=int(is_same_N.sum()), num_total=len(is_same_N))

@@ -544,8 +544,8 @@ def paths_of(files):
 # Files of ONNX
 
 
-def shifted_file(run, path):
-    """The exported file, but for a bias that makes it answer 3 whatever it is shown."""
+def shifted_file(run, path, *, answer=3):
+    """The exported file, but for a bias that makes it answer this whatever it is shown."""
     import onnx
     from onnx import helper, numpy_helper
 
@@ -554,7 +554,7 @@ def shifted_file(run, path):
     for node in model.graph.node:
         node.output[:] = ["before" if output == name else output for output in node.output]
     bias = torch.zeros(10)
-    bias[3] = 1000
+    bias[answer] = 1000
     model.graph.initializer.append(numpy_helper.from_array(bias.numpy(), "shift"))
     model.graph.node.append(helper.make_node("Add", ["before", "shift"], [name]))
     onnx.save(model, path)
@@ -585,6 +585,16 @@ def test_a_file_that_answers_otherwise_is_refused(run, tmp_path):
     with pytest.raises(ArtefactMismatchError, match="says nothing about the file"):
         verify(request_for(file, source=str(run.path), folder=tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_file_is_compared_on_images_of_all_classes(run, tmp_path, monkeypatch):
+    """The first images of a folder are all of the first class, where this one is right."""
+    monkeypatch.setattr("compressor.verification.target.NUM_COMPARED_IMAGES", 20)
+    source = digits_folder(tmp_path / "digits", num_of_each=lambda _: 30)
+    file = shifted_file(run, tmp_path / "shifted.onnx", answer=0)
+    request = request_for(file, source=str(run.path), data_source=source, num_images=None)
+    with pytest.raises(ArtefactMismatchError, match=r"2 of 20"):
+        prepare(request)
 
 
 @pytest.mark.parametrize("mode", ["fast", "compat"])
