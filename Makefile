@@ -58,7 +58,9 @@ ROBUST_TEACHER = resnet18:$(TEACHERS)/robust_resnet18_w0.5.safetensors
 evidence-cifar10: install
 	$(NEEDS_CIFAR10)
 	$(BIN)/python tests/evidence/healthy_models.py --cifar10 '$(CIFAR10)' --teachers '$(TEACHERS)' \
-	  --digits runs/digits-demo/seed-*/student-b-mtard --square \
+	  --digits runs/digits-demo/seed-*/student-b-mtard \
+	  $(addprefix runs/digits-demo/seed-0/,student-pgd-at student-plain robust-teacher) \
+	  --images 48 --square \
 	  --write docs/results/healthy-models.md
 
 bench: install-dev
