@@ -92,6 +92,7 @@ def gate(
     }
     if plan:
         idle = {"--live": live or None, **of_live, **files}
+        idle |= {"--baseline": baseline, "--inconclusive": inconclusive}
         _refuse_idle(idle, "--plan, which attacks nothing and writes no file; leave out either")
     elif not live:
         _refuse_idle(of_live, "a report, which is judged as it is; add --live to attack")
@@ -192,6 +193,9 @@ def _plan(
     from compressor.gate.plan import image_cost, plan_rules
 
     report = None if target is None else read_gated_report(target)
+    if report is not None and report.status in {"invalid", "unverified"}:
+        output.say(f"The report is {report.status}, so its accuracies are not taken for true.")
+        report = None
     plans = plan_rules(policy, report=report, assumed_accuracy=assumed_accuracy)
     cost = image_cost(report, accuracy=min((p.assumed_accuracy for p in plans), default=0.0))
     output.result({"rules": [asdict(plan) for plan in plans], "cost_per_image": asdict(cost)})

@@ -156,7 +156,8 @@ def load_test_split(
             f"ask for 1 to {len(labels_N)}"
         )
     keys_N = sample_keys(torch.arange(len(labels_N)), seed=seed)
-    chosen = proportional_order(labels_N, uniform(keys_N, stream=Stream.SUBSET))[:num_images]
+    draws_N2 = uniform(keys_N, stream=Stream.SUBSET, shape=(2,))
+    chosen = proportional_order(labels_N, draws_N2)[:num_images]
     storage = store_images(source, settings=settings, device=device)
     return _split(TestSplit, source, storage, name="test", index_N=chosen, device=device)
 

@@ -1,6 +1,6 @@
 """Random orders of samples whose beginnings are like the whole.
 
-N samples, K classes; `draws_N` are uniform numbers in [0, 1), one per sample.
+N samples, K classes; draws are uniform numbers in [0, 1), of each sample its own.
 """
 
 import torch
@@ -23,18 +23,20 @@ def balanced_order(labels_N: Tensor, draws_N: Tensor) -> Tensor:
     return grouped_N[by_draw_N[torch.argsort(rank_N[by_draw_N], stable=True)]]
 
 
-def proportional_order(labels_N: Tensor, draws_N: Tensor) -> Tensor:
+def proportional_order(labels_N: Tensor, draws_N2: Tensor) -> Tensor:
     """All positions, so ordered that any beginning has the class shares of the whole, int64 [N].
 
-    Each class is shuffled by the draws and spread evenly over the order. So the images attacked
-    before a budget ends are a stratified random sample, whose proportions scatter no more than
-    those of an unstratified one (Hoeffding, "On the distribution of the number of successes in
-    independent trials", Annals of Mathematical Statistics 27, 1956).
+    Each class is shuffled by the first draw of each sample and spread evenly over the order, each
+    sample shifted by its second draw. (One draw for both would put the first samples of every
+    class, those with the smallest draws, too early, and rare classes would be too frequent.) So
+    the images attacked before a budget ends are a stratified random sample, whose proportions
+    scatter no more than those of an unstratified one (Hoeffding, "On the distribution of the
+    number of successes in independent trials", Annals of Mathematical Statistics 27, 1956).
     """
     counts_K = torch.bincount(labels_N)
-    shuffled_N = torch.argsort(draws_N, stable=True)
+    shuffled_N = torch.argsort(draws_N2[:, 0], stable=True)
     grouped_N = shuffled_N[torch.argsort(labels_N[shuffled_N], stable=True)]
     first_K = counts_K.cumsum(0) - counts_K
     rank_N = torch.arange(len(labels_N), device=labels_N.device) - first_K[labels_N[grouped_N]]
-    share_N = (rank_N + draws_N[grouped_N].double()) / counts_K[labels_N[grouped_N]]
+    share_N = (rank_N + draws_N2[grouped_N, 1].double()) / counts_K[labels_N[grouped_N]]
     return grouped_N[torch.argsort(share_N, stable=True)]

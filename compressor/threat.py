@@ -37,10 +37,15 @@ class ThreatModel:
         return x_NCHW + change / (length + _TINY) * length.clamp(max=epsilon)
 
     def steepest(self, gradient_NCHW: "Tensor") -> "Tensor":
-        """The step of length 1 in this norm along which a linear function rises most."""
+        """The step of length 1 in this norm along which a linear function rises most.
+
+        None where the gradient is not finite: an attack stays where it is, and that nothing can be
+        concluded from it is for the validity checks to say.
+        """
         if self.norm == "linf":
             return gradient_NCHW.sign()
-        return gradient_NCHW / (self.length(gradient_NCHW).view(-1, 1, 1, 1) + _TINY)
+        step_NCHW = gradient_NCHW / (self.length(gradient_NCHW).view(-1, 1, 1, 1) + _TINY)
+        return step_NCHW.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
     def length(self, change_NCHW: "Tensor") -> "Tensor":
         """The norm of each change, [N], in pixel units."""

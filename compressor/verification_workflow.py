@@ -212,7 +212,9 @@ def _make_room(files: ReportFiles, report: RobustnessReport) -> ReportFiles:
     try:
         there = read_report(files.json)
     except RunError:
-        return files  # nothing, or nothing that can be read any more
+        if files.json.exists():  # of an older version, perhaps of another model
+            files.move_to(files.labelled("unreadable"))
+        return files
     target, data = there.target, there.data
     if (target, data.content_sha256) != (report.target, report.data.content_sha256):
         files.move_to(files.labelled(target.sha256[:8], data.content_sha256[:8]))

@@ -6,13 +6,11 @@ best. Needs no torch.
 
 from collections.abc import Iterator
 
-from compressor.gate.paired import Asked, mismatch
+from compressor.gate.paired import EPSILON_SLACK, Asked, mismatch
 from compressor.gate.policy import GatePolicy
 from compressor.gate.result import CheckResult
 from compressor.reports.report import RobustnessReport
 from compressor.threat import ThreatModel
-
-_EPSILON_SLACK = 1e-9  # "8/255" and 0.031372549 are the same question
 
 
 def check_report(
@@ -49,7 +47,7 @@ def _threat_check(asked: Asked, policy: GatePolicy) -> Iterator[CheckResult]:
         return
     found = asked.threat
     wanted = ThreatModel(norm=policy.threat.norm, epsilon_pixels=policy.threat.epsilon)
-    is_large = found.epsilon_pixels >= wanted.epsilon_pixels - _EPSILON_SLACK
+    is_large = found.epsilon_pixels >= wanted.epsilon_pixels - EPSILON_SLACK
     is_same = found.norm == wanted.norm and is_large
     message = f"the attacks were allowed {found}, the policy asks for at least {wanted}"
     yield _check("threat", "passed" if is_same else "invalid", message)

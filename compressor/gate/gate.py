@@ -52,11 +52,10 @@ def judge(
         PolicyError: if the policy limits a drop and there is no baseline.
     """
     require_baseline(policy, baseline)
-    bound = _bound_for(report)
     checks = tuple(check_report(report, policy, baseline))
     bars = [check for check in checks if check.status in {"invalid", "unverified"}]
     comparison = compare(report, baseline) if baseline is not None and not bars else None
-    rules = tuple(_rules(report, policy, comparison, lower_bound=bound))
+    rules = tuple(_rules(report, policy, comparison, baseline=baseline))
     verdict, reason = _barred(bars) if bars else _combined(rules)
     return GateResult(
         verdict=verdict,
@@ -125,14 +124,15 @@ def require_baseline(policy: GatePolicy, baseline: RobustnessReport | None) -> N
         )
 
 
-def _bound_for(report: RobustnessReport) -> LowerBound:
+def _bound_for(*reports: RobustnessReport) -> LowerBound:
     """How accuracies are bounded: for one look at a number of images that was fixed before, if so.
 
     An incomplete report may have been ended by what was found.
     """
-    if report.status == "incomplete":
+    if any(report.status == "incomplete" for report in reports):
         return early_look
-    return last_look if report.looks == "many" else Proportion.lower_bound
+    is_last_of_many = any(report.looks == "many" for report in reports)
+    return last_look if is_last_of_many else Proportion.lower_bound
 
 
 def _rules(
@@ -140,16 +140,20 @@ def _rules(
     policy: GatePolicy,
     comparison: Comparison | None,
     *,
-    lower_bound: LowerBound,
+    baseline: RobustnessReport | None,
 ) -> Iterator[RuleResult]:
     ask = partial(
-        judge_accuracy, report=report, confidence=policy.confidence, lower_bound=lower_bound
+        judge_accuracy,
+        report=report,
+        confidence=policy.confidence,
+        lower_bound=_bound_for(report),
     )
     yield from map(ask, accuracy_questions(report, policy))
     for questions in class_questions(report, policy):
         yield judge_classes(tuple(map(ask, questions)))
     yield from judge_cost(report, policy)
-    yield from judge_drop(comparison, policy, lower_bound=lower_bound)
+    both = (report,) if baseline is None else (report, baseline)
+    yield from judge_drop(comparison, policy, lower_bound=_bound_for(*both))
 
 
 def _barred(bars: Sequence[CheckResult]) -> tuple[GateVerdict, str]:

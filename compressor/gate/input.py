@@ -30,7 +30,7 @@ def read_gated_report(path: Path) -> RobustnessReport:
         raise RunError(f"{path} is not a report: {error}; {_AGAIN}") from None
     if not 0 < report.epsilon_pixels <= _LARGEST_EPSILON[report.norm]:
         raise RunError(f"{path}: epsilon_pixels is {report.epsilon_pixels:g}; {_AGAIN}")
-    if run is not None and run.model.exists() and report.target.kind == "run":
+    if run is not None and run.model.exists():
         _refuse_other_weights(run, report)
     names = report.data.class_names
     if len(set(names)) != len(names):
@@ -41,6 +41,11 @@ def read_gated_report(path: Path) -> RobustnessReport:
 def _refuse_other_weights(run: RunDirectory, report: RobustnessReport) -> None:
     with run.model.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    if report.target.kind != "run":
+        raise ArtefactMismatchError(
+            f"{run.report().json} is not about this run but about a file of kind "
+            f"{report.target.kind!r}; give that report itself, or {_AGAIN}"
+        )
     if sha256 != report.target.sha256:
         raise ArtefactMismatchError(
             f"{run.report().json} is about weights with SHA-256 {report.target.sha256[:12]}, "

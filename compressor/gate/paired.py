@@ -15,6 +15,8 @@ from compressor.reports.report import RobustnessReport
 from compressor.threat import ThreatModel
 
 _SIGNIFICANCE = 0.05
+EPSILON_SLACK = 1e-9
+"""Of radii that are the same: "8/255" and 0.031372549."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,11 +110,13 @@ def mismatch(asked: Asked, baseline: RobustnessReport) -> str | None:
         ("images (content_sha256)", asked.content_sha256, before.content_sha256),
         ("classes", asked.class_names, before.class_names),
         ("norm", asked.threat.norm, before.threat.norm),
-        ("epsilon_pixels", asked.threat.epsilon_pixels, before.threat.epsilon_pixels),
         ("protocol", asked.protocol, before.protocol),
     ):
         if ours != theirs:
             return f"their {name} differ: {ours!r}, the baseline has {theirs!r}"
+    epsilon, epsilon_before = asked.threat.epsilon_pixels, before.threat.epsilon_pixels
+    if abs(epsilon - epsilon_before) > EPSILON_SLACK:
+        return f"their epsilon_pixels differ: {epsilon!r}, the baseline has {epsilon_before!r}"
     if baseline.status in {"invalid", "unverified"}:
         return f"the baseline itself is {baseline.status}: {baseline.status_reason}"
     common = asked.label_of.keys() & before.label_of.keys()

@@ -112,10 +112,13 @@ class _Contest:
 
 
 def attack_checks(claim: Claim) -> list[ValidityRow]:
-    """The rows of `ATTACK_CHECKS`, on the images that are answered correctly without an attack."""
+    """The rows of `ATTACK_CHECKS`, on images that are right and that white-box attacks tried."""
     claim = claim.correct()
     if not len(claim.y_N):
         return [check.not_run("no image is answered correctly") for check in ATTACK_CHECKS]
+    claim = claim.tried()
+    if not len(claim.y_N):
+        return [check.not_run("transferred images broke all of them") for check in ATTACK_CHECKS]
     outcomes = [*_against_the_white_box(claim), _unconstrained(claim)]
     adjusted = iter(holm([o.p_value for o in outcomes if isinstance(o, _Contest)]))
     return [o.judged(next(adjusted)) if isinstance(o, _Contest) else o for o in outcomes]

@@ -49,6 +49,8 @@ class Claim:
     """Of that search."""
     broken_by_white_box_N: Tensor | None
     """bool [N], broken by any white-box attack; None if they were not run as they have to be."""
+    tried_by_white_box_N: Tensor | None = None
+    """bool [N], False where a transferred image broke it before; None if all were tried."""
     broken_by_square_N: Tensor | None = None
     """bool [N], broken by the Square attack, which may have tried only what others left."""
     teachers: Mapping[str, Model] = field(default_factory=dict)
@@ -58,19 +60,28 @@ class Claim:
 
     def select(self, index_M: Tensor) -> "Claim":
         """The same about some of the images."""
-        white_box, square = self.broken_by_white_box_N, self.broken_by_square_N
+
+        def part(flags_N: Tensor | None) -> Tensor | None:
+            return None if flags_N is None else flags_N[index_M]
+
         return replace(
             self,
             x_NCHW=self.x_NCHW[index_M],
             y_N=self.y_N[index_M],
             keys_N=self.keys_N[index_M],
-            broken_by_white_box_N=None if white_box is None else white_box[index_M],
-            broken_by_square_N=None if square is None else square[index_M],
+            broken_by_white_box_N=part(self.broken_by_white_box_N),
+            tried_by_white_box_N=part(self.tried_by_white_box_N),
+            broken_by_square_N=part(self.broken_by_square_N),
         )
 
     def correct(self) -> "Claim":
         """The same about the images that are answered correctly without an attack."""
         return self.select((~self.fooled_by(self.x_NCHW)).nonzero()[:, 0])
+
+    def tried(self) -> "Claim":
+        """The same about the images that the white-box attacks have tried."""
+        tried_N = self.tried_by_white_box_N
+        return self if tried_N is None else self.select(tried_N.nonzero()[:, 0])
 
     @torch.no_grad()
     def fooled_by(self, x_adv_NCHW: Tensor) -> Tensor:

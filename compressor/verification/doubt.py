@@ -10,7 +10,6 @@ from compressor.attacks.protocol import Model
 from compressor.attacks.stages import Stage
 from compressor.data import Batch, evaluation_batches
 from compressor.reports.report import ValidityRow
-from compressor.teachers import Teacher
 from compressor.validity.active_test import ACTIVE_TEST, penultimate_features
 from compressor.validity.attack_checks import ATTACK_CHECKS
 from compressor.validity.claim import Claim
@@ -39,10 +38,11 @@ def check_verification(
         prepared.split, prepared.plan, num_images=min(NUM_IMAGES, len(found.samples))
     )
     samples = found.samples[: len(batch.y_N)]
-    batch, samples = _tried_by_white_box(batch, samples, prepared.stages)
     by_name = {stage.name: stage for stage in prepared.stages}
     stage = by_name.get(_STRONGEST, prepared.stages[-1])
     is_whole = _STRONGEST in by_name
+    by_transfer_N = _broken(samples, prepared.stages, kind="transfer", device=batch.y_N)
+    by_white_box_N = _broken(samples, prepared.stages, kind="white-box", device=batch.y_N)
     claim = Claim(
         model=subject.float32,
         x_NCHW=batch.x_NCHW,
@@ -51,13 +51,12 @@ def check_verification(
         threat=prepared.threat,
         attack=stage.search,
         num_steps=int(stage.parameters.get("num_steps", 1)),
-        broken_by_white_box_N=_broken(samples, prepared.stages, kind="white-box", device=batch.y_N)
-        if is_whole
-        else None,
+        broken_by_white_box_N=by_white_box_N if is_whole else None,
+        tried_by_white_box_N=by_white_box_N | ~by_transfer_N,
         broken_by_square_N=_broken(samples, prepared.stages, kind="black-box", device=batch.y_N)
         if "square" in by_name
         else None,
-        teachers=_differentiable(prepared.teachers),
+        teachers=_differentiable(prepared),
         features=_features(prepared, batch) if is_whole else None,
     )
     rows = check_validity(claim)
@@ -87,17 +86,6 @@ def _worse(of_file: ValidityRow, of_source: ValidityRow) -> ValidityRow:
     return of_source if is_alarm_of_source else of_file
 
 
-def _tried_by_white_box(
-    batch: Batch, samples: Sequence[Sample], stages: Sequence[Stage]
-) -> tuple[Batch, Sequence[Sample]]:
-    """Without the images that only a transferred one broke: white-box attacks did not try those."""
-    by_transfer_N = _broken(samples, stages, kind="transfer", device=batch.y_N)
-    by_white_box_N = _broken(samples, stages, kind="white-box", device=batch.y_N)
-    rows_M = (by_white_box_N | ~by_transfer_N).nonzero()[:, 0]
-    part = Batch(**{name: column[rows_M] for name, column in vars(batch).items()})
-    return part, [samples[row] for row in rows_M.tolist()]
-
-
 def _features(prepared: Prepared, batch: Batch) -> Model | None:
     network = prepared.model.network
     assert network is not None  # noqa: S101 (there are stages)
@@ -114,9 +102,10 @@ def _broken(
     return torch.tensor(flags, dtype=torch.bool, device=device.device)
 
 
-def _differentiable(teachers: Sequence[Teacher]) -> Mapping[str, Model]:
+def _differentiable(prepared: Prepared) -> Mapping[str, Model]:
     models: dict[str, Model] = {}
-    for teacher in teachers:
+    for teacher in prepared.teachers:
         if teacher.network is not None:
-            models[f"{teacher.role} {teacher.name}"] = teacher.network
+            model = in_parts(teacher.network, max_rows=prepared.plan.batch_size)
+            models[f"{teacher.role} {teacher.name}"] = model
     return models

@@ -119,8 +119,8 @@ def attack_chunks(
 def verification_order(split: TestSplit, *, seed: int) -> Tensor:
     """The order in which images are attacked: places in the split, int64 [N]."""
     keys_N = sample_keys(split.index_N, seed=seed)
-    order_N = proportional_order(split.labels_N, uniform(keys_N, stream=Stream.VERIFICATION_ORDER))
-    return order_N
+    draws_N2 = uniform(keys_N, stream=Stream.VERIFICATION_ORDER, shape=(2,))
+    return proportional_order(split.labels_N, draws_N2)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

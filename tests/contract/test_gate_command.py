@@ -234,6 +234,15 @@ def test_plan_with_a_report_as_json(folder, capsys):
     assert plan["cost_per_image"]["source"] == "as measured by the report"
 
 
+@pytest.mark.parametrize("name", ["invalid", "unverified"])
+def test_plan_takes_no_accuracy_from_a_report_that_is_not_believed(folder, capsys, name):
+    assert call(f"gate {name}.json --policy gate.toml --plan --json") == ExitCode.DONE
+    plan = json.loads(capsys.readouterr().out)
+    assert [rule["assumed_accuracy"] for rule in plan["rules"]] == pytest.approx([0.75, 0.5])
+    assert call(f"gate {name}.json --policy gate.toml --plan") == ExitCode.DONE
+    assert f"The report is {name}, so its accuracies are not taken" in capsys.readouterr().out
+
+
 def test_plan_says_what_it_leaves_out(folder, capsys):
     Path("gate.toml").write_text("schema=1\n[per_class]\nmin_clean_accuracy=0.5\n")
     assert call("gate --policy gate.toml --plan") == 0
@@ -348,6 +357,7 @@ OF_LIVE = {
     "--threads": "1",
 }
 OF_FILES = {f"--{name}": f"g.{name}" for name in ("out", "junit", "sarif", "summary")}
+OF_VERDICT = {"--baseline": "before.json", "--inconclusive": "fail"}
 BAD = {
     "no policy": Bad(nothing, "gate pass.json", 2, "start from examples/gate.toml"),
     "no report": Bad(nothing, "gate --policy gate.toml", 2, "which REPORT or RUN?"),
@@ -368,7 +378,7 @@ BAD = {
             2,
             f"{name} would have no effect on --plan, which attacks nothing and writes no file",
         )
-        for name, value in {**OF_LIVE, **OF_FILES, "--live": ""}.items()
+        for name, value in {**OF_LIVE, **OF_FILES, **OF_VERDICT, "--live": ""}.items()
     },
     "two idle options": Bad(
         nothing, f"{GATE} --samples 5 --threads 1", 2, "--samples, --threads would have no effect"

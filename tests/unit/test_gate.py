@@ -399,6 +399,16 @@ def test_drop_passes_fails_and_is_undecided(standing):
         assert verdict(standing(now, 1_000), against=before, baseline=table) == expected
 
 
+@pytest.mark.parametrize("changes", [{"looks": "many"}, {"status": "incomplete"}])
+def test_a_drop_is_bounded_as_the_looser_of_both_reports(standing, changes):
+    """A baseline that was stopped by what was found is as little a fixed sample as a report."""
+    report, rule = standing(480, 1_000), {"max_drop": 0.019}
+    before = standing(490, 1_000)
+    assert verdict(report, baseline=rule, against=before) == "pass"
+    stopped = standing(490, 1_000, **changes)
+    assert verdict(report, baseline=rule, against=stopped) == "inconclusive"
+
+
 def test_a_limit_on_the_drop_needs_a_baseline(standing):
     with pytest.raises(PolicyError, match="set baseline.report in the policy, or give --baseline"):
         judge(standing(9, 10), policy(baseline={"max_drop": 0.1}))

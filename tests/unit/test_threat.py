@@ -84,3 +84,14 @@ def test_format_pixels_round_trip(num_levels):
 
 def test_text_for_people():
     assert str(ThreatModel(epsilon_pixels=8 / 255)) == "linf 8/255"
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_gives_a_step_that_is(norm, value):
+    """Or an attack would leave its ball before a check could say what is wrong with the model."""
+    gradient = torch.ones(2, 1, 2, 2)
+    gradient[0, 0, 0, 0] = value
+    step = ThreatModel(norm=norm, epsilon_pixels=0.1).steepest(gradient)
+    assert step.isfinite().all()
+    assert step[1].abs().sum() > 0

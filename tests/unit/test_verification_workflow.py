@@ -5,6 +5,7 @@ import json
 import shutil
 from dataclasses import dataclass, replace
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -36,7 +37,8 @@ from compressor.verification.cascade import Subject
 from compressor.verification.doubt import check_verification
 from compressor.verification.journal import Journal
 from compressor.verification.request import VerificationRequest, prepare
-from compressor.verification.verification import attack_chunks
+from compressor.verification.samples import Sample
+from compressor.verification.verification import Verification, attack_chunks
 from compressor.verification_workflow import conclude, verify
 from compressor.weights import sha256_of_file
 from exporters.workflow import export_run
@@ -491,9 +493,26 @@ def test_images_that_a_transferred_one_broke_are_no_claim_of_the_white_box(run, 
     assert not [row for row in rows if row.status == "alarm"]
 
 
+def test_nothing_is_claimed_where_transferred_images_broke_all(run, tmp_path):
+    prepared = prepare(request_for(run.path, folder=tmp_path, attacks=("apgd_t",), num_images=9))
+    transfer = replace(prepared.stages[0], name="transfer", kind="transfer")
+    prepared = replace(prepared, stages=(transfer, *prepared.stages))
+    samples = [
+        Sample(index=n, label=0, broken_by="transfer", fooled_by={"transfer": True})
+        for n in range(9)
+    ]
+    found = Verification(samples=samples, gallery=(), outcomes=(), num_planned=9)
+    with prepared.subject() as subject:
+        rows = {row.name: row for row in check_verification(prepared, subject, found)}
+    assert rows["more_search"].advice == "transferred images broke all of them"
+    assert rows["finite_outputs"].status == "passed"
+
+
 def test_checks_and_curve_take_no_more_images_at_once_than_a_chunk(run, tmp_path, monkeypatch):
     """Or they would run out of memory where images are large, after hours of attacks."""
-    prepared = prepare(request_for(run.path, folder=tmp_path, num_images=30, batch_size=8))
+    request = request_for(run.path, folder=tmp_path, num_images=30, batch_size=8)
+    prepared = prepare(replace(request, attacks=("apgd_t",), epsilon_pixels=8 / 255))
+    monkeypatch.setattr("compressor.verification_workflow.cost_rows", lambda *_: ())
     largest = []
 
     def watched(model):
@@ -507,8 +526,20 @@ def test_checks_and_curve_take_no_more_images_at_once_than_a_chunk(run, tmp_path
         *_, found = attack_chunks(
             subject, prepared.split, prepared.plan, journal=Journal.in_memory()
         )
+        teacher = SimpleNamespace(role="robust", name="t", network=watched(prepared.model.network))
+        prepared = replace(prepared, teachers=[teacher])
         conclude(prepared, Subject(**{k: watched(v) for k, v in vars(subject).items()}), found)
     assert max(largest) == 8
+
+
+@pytest.mark.parametrize("text", ['{"a": 1' + 5000 * "0" + "}", 100_000 * "[", '{"schema": 1}'])
+def test_a_report_that_cannot_be_read_is_moved_aside(run, tmp_path, quick, text):
+    """It may be of an older version, of another model, or damaged."""
+    files = prepare(request_for(run.path, folder=tmp_path)).files
+    files.json.write_text(text)
+    report, files = verify(request_for(run.path, folder=tmp_path))
+    assert read_report(files.json) == report
+    assert files.labelled("unreadable").json.read_text() == text
 
 
 def test_a_file_without_its_source_does_not_replace_a_verified_report(run, tmp_path, quick):

@@ -103,6 +103,16 @@ def test_action_can_be_strict_or_lenient_where_nothing_is_decided(workplace, set
     assert run(script, workplace, **variables).returncode == code
 
 
+def test_an_undecided_gate_is_worth_what_the_policy_says_unless_told_otherwise(workplace):
+    """The files must not soften a policy that forbids it."""
+    policy = workplace / "gate.toml"
+    policy.write_text('inconclusive = "fail"\n' + policy.read_text())
+    script, variables = action_step(report="runs/inconclusive")
+    assert run(script, workplace, **variables).returncode == 3
+    script, variables = gitlab_step(RUN="runs/inconclusive")
+    assert run(script, workplace, **variables).returncode == 3
+
+
 def test_action_compares_with_a_baseline_whose_name_has_blanks(workplace):
     (workplace / "runs" / "pass").rename(workplace / "what ships now")
     script, variables = action_step(report="runs/fail", baseline="what ships now")
