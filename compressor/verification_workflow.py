@@ -119,7 +119,7 @@ def conclude(
     """
     validity: tuple[ValidityRow, ...] = ()
     curve: tuple[CurvePoint, ...] = ()
-    subject = _in_parts(subject, max_rows=prepared.plan.batch_size)
+    subject = _in_parts(subject, max_rows=prepared.max_rows)
     if prepared.stages:
         tell("checking that the evaluation can be believed")
         validity = check_verification(prepared, subject, found)

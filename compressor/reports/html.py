@@ -184,7 +184,7 @@ def _card(report: RobustnessReport, image: GalleryImage, max_side: int) -> _Card
     step = math.ceil(max(clean.shape[:2]) / max_side)
     clean, adv = clean[::step, ::step], adv[::step, ::step]
     change = adv.astype(np.int16) - clean
-    scale = 127 // max(1, int(np.abs(change).max()))
+    scale = max(1, 127 // max(1, int(np.abs(change).max())))
     before = percent_text(image.clean_confidence_fraction)
     after = percent_text(image.adv_confidence_fraction)
     facts = [_distance(report, image), image.attack or "stands", f"image {image.index}"]
@@ -198,7 +198,7 @@ def _card(report: RobustnessReport, image: GalleryImage, max_side: int) -> _Card
         pictures=(
             _shown("original", clean),
             _shown("adversarial", adv),
-            _shown(f"change × {scale}", (128 + scale * change).astype(np.uint8)),
+            _shown(f"change × {scale}", (128 + scale * change).clip(0, 255).astype(np.uint8)),
         ),
     )
 

@@ -90,7 +90,7 @@ def _features(prepared: Prepared, batch: Batch) -> Model | None:
     network = prepared.model.network
     assert network is not None  # noqa: S101 (there are stages)
     features = penultimate_features(network, batch.x_NCHW)
-    return features and in_parts(features, max_rows=prepared.plan.batch_size)
+    return features and in_parts(features, max_rows=prepared.max_rows)
 
 
 def _broken(
@@ -106,6 +106,6 @@ def _differentiable(prepared: Prepared) -> Mapping[str, Model]:
     models: dict[str, Model] = {}
     for teacher in prepared.teachers:
         if teacher.network is not None:
-            model = in_parts(teacher.network, max_rows=prepared.plan.batch_size)
+            model = in_parts(teacher.network, max_rows=prepared.max_rows)
             models[f"{teacher.role} {teacher.name}"] = model
     return models

@@ -37,6 +37,9 @@ DEFAULT_ATTACKS = (*PAPER_ATTACKS, *AUTOATTACK)
 DEFAULT_EPSILON_PIXELS = 8 / 255
 _MAX_ROW_NUMBERS = 250 * 3 * 64 * 64
 """Above it a chunk of 250 images would not fit into memory; it is then smaller."""
+_MIN_ROWS = 8
+"""The checks see so many images together whatever `--batch-size` says, or one image at a time could
+hide that answers depend on the batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +77,11 @@ class Prepared:
     performance: Performance
     files: ReportFiles
     started_at_seconds: float
+
+    @property
+    def max_rows(self) -> int:
+        """Images that the checks may take at once."""
+        return max(self.plan.batch_size, _MIN_ROWS)
 
     @property
     def data_kind(self) -> str:
@@ -207,7 +215,7 @@ def _own_threat(target: Target) -> ThreatModel:
 def fitting_batch_size(image_shape: ImageShape) -> int:
     """Images that may be in memory at once: 250, or fewer if they are large."""
     channels, height, width = image_shape
-    return max(min(250, _MAX_ROW_NUMBERS // (channels * height * width)), 8)
+    return max(min(250, _MAX_ROW_NUMBERS // (channels * height * width)), _MIN_ROWS)
 
 
 def _on_the_file(stage: Stage) -> Stage:

@@ -350,6 +350,18 @@ def test_gallery_shows_the_pixels(num_channels, nested, without_figures):
     assert "distance 7.50/255, pgd_sat, image 7, logit margin -3.25" in said
 
 
+def test_a_change_of_more_than_half_the_scale_is_shown(without_figures):
+    """It is possible in L2; it may not fit, but it is not nothing, and does not wrap around."""
+    clean = np.full((4, 4, 1), 10, dtype=np.uint8)
+    adv = clean.copy()
+    adv[0, 0], adv[1, 1] = 250, 110
+    image = shown(clean_HWC=clean, adv_HWC=adv)
+    page = Page(to_html(without_figures, gallery=[image], curves=[]))
+    change = decoded(page.all("img")[2]["src"]).reshape(4, 4)
+    assert (change[0, 0], change[1, 1], change[2, 2]) == (255, 228, 128)
+    assert "change × 1" in " ".join(text for _, text in page.texts)
+
+
 def test_groups_of_the_gallery_keep_their_order(without_figures):
     l2 = without_figures.model_copy(update={"norm": "l2"})
     images = [shown(group="closest", index=1), shown(index=2), shown(group="closest", index=3)]

@@ -493,6 +493,21 @@ def test_images_that_a_transferred_one_broke_are_no_claim_of_the_white_box(run, 
     assert not [row for row in rows if row.status == "alarm"]
 
 
+def test_batches_of_one_do_not_hide_that_answers_depend_on_the_batch(run, tmp_path, quick):
+    prepared = prepare(request_for(run.path, folder=tmp_path, num_images=12, batch_size=1))
+
+    def dependent(model):
+        return lambda x_NCHW: model(x_NCHW) + x_NCHW.mean()
+
+    with prepared.subject() as subject:
+        *_, found = attack_chunks(
+            subject, prepared.split, prepared.plan, journal=Journal.in_memory()
+        )
+        broken = Subject(**{name: dependent(model) for name, model in vars(subject).items()})
+        report, _ = conclude(prepared, broken, found)
+    assert [row.name for row in report.validity if row.status == "alarm"] == ["batch_dependence"]
+
+
 def test_nothing_is_claimed_where_transferred_images_broke_all(run, tmp_path):
     prepared = prepare(request_for(run.path, folder=tmp_path, attacks=("apgd_t",), num_images=9))
     transfer = replace(prepared.stages[0], name="transfer", kind="transfer")
