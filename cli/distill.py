@@ -115,7 +115,7 @@ def _finish(
 
     Only the attacks of the papers: the whole cascade takes as long as training, and is a command.
     """
-    from cli.export import run_export
+    from cli.exporting import export_fp32
     from cli.verify import run_verify
     from compressor.attacks.stages import PAPER_ATTACKS
     from compressor.run_directory import RunDirectory
@@ -124,7 +124,7 @@ def _finish(
     run = RunDirectory.open(run_path)
     result: dict[str, object] = {"run": str(run.path), "model": str(run.model)}
     if do_export:
-        result["onnx"] = run_export(run, settings=settings, output=output)
+        result["onnx"] = export_fp32(run, settings=settings, output=output)
     if do_verify:
         request = VerificationRequest(
             target=str(run.path), settings=settings, attacks=PAPER_ATTACKS

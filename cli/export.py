@@ -1,57 +1,169 @@
-"""`robust-compress export`: a file that is shown to be the same model."""
+"""`robust-compress export`: files that are shown to be the same model."""
 
-from typing import TYPE_CHECKING, Annotated, Any
+import shlex
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
-from cli.options import JsonOption, MovedDataOption, RunArgument
+from cli.options import JsonOption, MovedDataOption, RunArgument, ThreadsOption
 from cli.output import Output
-from compressor.errors import UsageError
-
-if TYPE_CHECKING:
-    from compressor.performance_settings import PerformanceSettings
-    from compressor.run_directory import RunDirectory
 
 
 def export(
     run_path: RunArgument,
-    file_format: Annotated[str, typer.Option("--format", help="onnx.")] = "onnx",
+    formats: Annotated[
+        list[str] | None,
+        typer.Option("--format", help="onnx or engine (trt, tensorrt); repeatable."),
+    ] = None,
+    precision: Annotated[
+        list[str] | None,
+        typer.Option(help="fp32, fp16 or int8; repeatable [default: fp32]."),
+    ] = None,
+    trt: Annotated[bool, typer.Option("--trt", help="--format engine.")] = False,
+    half: Annotated[bool, typer.Option("--half", help="--precision fp16.")] = False,
+    int8: Annotated[bool, typer.Option("--int8", help="--precision int8.")] = False,
+    batch: Annotated[
+        str | None,
+        typer.Option(metavar="MIN:OPT:MAX", help="Batch sizes of an engine [default: 1:8:32]."),
+    ] = None,
+    static: Annotated[
+        int | None, typer.Option("--static", min=1, help="The only batch size [default: any].")
+    ] = None,
+    opset: Annotated[int | None, typer.Option(help="Of ONNX, 18 to 23 [default: 20].")] = None,
+    uint8_input: Annotated[
+        bool, typer.Option("--uint8-input", help="Take bytes from 0 to 255 as pixels.")
+    ] = False,
+    calibration_method: Annotated[
+        str, typer.Option(metavar="NAME", help="minmax, entropy or percentile.")
+    ] = "minmax",
+    calibration_images: Annotated[
+        str,
+        typer.Option(metavar="KIND", help="clean, adversarial, mixed, or auto: measure it."),
+    ] = "auto",
+    calibration_samples: Annotated[
+        int, typer.Option(min=1, help="Training images that int8 is calibrated with.")
+    ] = 512,
+    max_robust_drop: Annotated[
+        float,
+        typer.Option(
+            min=0, max=1, help="Of accuracy under attack; one point is 0.01. Exceeded: exit 3."
+        ),
+    ] = 0.01,
+    max_clean_drop: Annotated[
+        float, typer.Option(min=0, max=1, help="Of clean accuracy, likewise.")
+    ] = 0.02,
+    samples: Annotated[
+        int, typer.Option(min=10, help="Held-out images on which files are compared.")
+    ] = 500,
+    qat: Annotated[
+        int,
+        typer.Option(
+            "--qat", min=0, metavar="EPOCHS", help="Fine-tune the rounded network so long; int8."
+        ),
+    ] = 0,
+    workspace_mib: Annotated[
+        int, typer.Option(min=1, help="Memory that one layer of an engine may use.")
+    ] = 1024,
+    optimization_level: Annotated[
+        int, typer.Option(min=0, max=5, help="Of an engine: 0 builds fast, 5 searches long.")
+    ] = 3,
+    tf32: Annotated[
+        bool, typer.Option("--tf32", help="Engines may shorten float32 factors to 10 bits.")
+    ] = False,
+    version_compatible: Annotated[
+        bool, typer.Option("--version-compatible", help="Engines also for later TensorRT.")
+    ] = False,
+    hardware_compatible: Annotated[
+        bool, typer.Option("--hardware-compatible", help="Engines for every GPU since Ampere.")
+    ] = False,
+    compute_capability: Annotated[
+        list[str] | None,
+        typer.Option(metavar="SM89", help="TensorRT-RTX: a GPU to build for; repeatable."),
+    ] = None,
+    timing_cache: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="TensorRT: makes the next build fast.")
+    ] = None,
+    bundle: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Write all of it as a folder that proves itself again."),
+    ] = None,
+    signing_key: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Sign the bundle with this key, in PEM.")
+    ] = None,
     data: MovedDataOption = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be written, and write nothing.")
+    ] = False,
+    threads: ThreadsOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Write the selected network as fp32 ONNX and compare the file's answers with it.
+    """Write the network of a run as ONNX or TensorRT, and prove that each file is as robust.
 
-    Example: `robust-compress export runs/mine --format onnx`
+    Every file is compared with the network on clean and on attacked images, and lossy ones are
+    attacked themselves. For example in half the bytes, in a quarter, and as an engine:
+
+    `robust-compress export runs/mine --half`
+
+    `robust-compress export runs/mine --int8 --max-robust-drop 0.01`
+
+    `robust-compress export runs/mine --trt --precision fp16`
     """
+    from cli.bundle import bundled, check_bundle_options
+    from cli.export_display import print_plan
+    from cli.export_options import (
+        parse_formats,
+        parse_int8,
+        parse_opset,
+        parse_precisions,
+        parse_sizes,
+    )
+    from cli.exporting import export_engines, run_export
+    from compressor.device.build_options import BuildOptions
+    from compressor.performance import resolve_performance
     from compressor.performance_settings import PerformanceSettings
     from compressor.run_directory import RunDirectory
+    from exporters.hops import Budget
+    from exporters.request import ExportRequest
+    from exporters.to_tensorrt import device_errors_explained
+    from exporters.workflow import as_table
 
-    if file_format != "onnx":
-        raise UsageError(f"--format {file_format!r} is not known; use onnx")
     output = Output(as_json=as_json)
-    run = RunDirectory.open(run_path)
-    output.result(run_export(run, settings=PerformanceSettings(), data_source=data, output=output))
-    output.next_command(f"robust-compress verify {run.path}")
-
-
-def run_export(
-    run: "RunDirectory",
-    *,
-    settings: "PerformanceSettings",
-    data_source: str | None = None,
-    output: Output,
-) -> dict[str, Any]:
-    """Export, print what was shown, and return it as plain values."""
-    import dataclasses
-
-    from exporters.workflow import export_run
-
-    with output.console.status("Writing ONNX and comparing its answers"):
-        exported = export_run(run, settings=settings, data_source=data_source)
-    shown = exported.verification
-    output.title(f"{exported.path}: {exported.num_bytes:,} bytes, {shown.status}")
-    output.say(f"  input: {exported.input_name}, {exported.input_contract}")
-    output.say(f"  same label on clean held-out images: {shown.clean_agreement}")
-    output.say(f"  same label on adversarial images:    {shown.adversarial_agreement}")
-    output.say(f"  {shown.reason}")
-    return dataclasses.asdict(exported) | {"path": str(exported.path)}
+    settings = PerformanceSettings(num_threads=threads, device="cpu")
+    resolve_performance(settings)
+    request = ExportRequest(
+        run=RunDirectory.open(run_path),
+        settings=settings,
+        data_source=data,
+        precisions=parse_precisions(precision, half=half, int8=int8 or qat > 0),
+        takes_bytes=uint8_input,
+        static_batch=static,
+        opset=parse_opset(opset),
+        int8=parse_int8(calibration_method, calibration_images, calibration_samples),
+        budget=Budget(max_clean_drop=max_clean_drop, max_robust_drop=max_robust_drop),
+        num_images=samples,
+    )
+    wanted = parse_formats([*(formats or []), *(["engine"] if trt else [])])
+    with device_errors_explained():
+        options = BuildOptions(
+            batch=parse_sizes(batch, static),
+            workspace_mib=workspace_mib,
+            optimization_level=optimization_level,
+            tf32=tf32,
+            version_compatible=version_compatible,
+            hardware_compatible=hardware_compatible,
+            compute_capabilities=tuple(compute_capability or ()),
+        )
+    if dry_run:
+        print_plan(request, wanted, output)
+        return
+    check_bundle_options(bundle, signing_key)
+    prepared, made = run_export(request, output, qat_epochs=qat)
+    result: dict[str, Any] = {"files": [as_table(e) | {"path": str(e.path)} for e in made]}
+    with bundled(
+        prepared, made, options, output, result=result, folder=bundle, signing_key=signing_key
+    ):
+        if "engine" in wanted:
+            result |= export_engines(prepared, made, options, output, timing_cache=timing_cache)
+    output.result(result)
+    output.next_command(f"robust-compress verify {shlex.quote(str(made[-1].path))}")

@@ -6,6 +6,7 @@ from typing import Annotated, cast
 
 import typer
 
+from cli.bench import bench
 from cli.distill import distill
 from cli.doctor import doctor
 from cli.export import export
@@ -31,6 +32,7 @@ app.command()(distill)
 app.command()(verify)
 app.command()(gate)
 app.command()(export)
+app.command()(bench)
 app.command()(doctor)
 app.add_typer(teacher_app, name="teacher")
 app.add_typer(recipe_app, name="recipe")

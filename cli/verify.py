@@ -26,7 +26,9 @@ EXIT_CODES = {
 def verify(
     target: Annotated[
         str,
-        typer.Argument(metavar="TARGET", help="A run, ARCH:WEIGHTS, WEIGHTS or FILE.onnx."),
+        typer.Argument(
+            metavar="TARGET", help="A run, ARCH:WEIGHTS, WEIGHTS, FILE.onnx or a bundle."
+        ),
     ],
     source: Annotated[
         str | None,
@@ -63,6 +65,12 @@ def verify(
     dtype: Annotated[
         str, typer.Option(help="Format of the search; float32 decides: auto, float32, bfloat16.")
     ] = "auto",
+    manifest_sha256: Annotated[
+        str | None, typer.Option(metavar="HASH", help="Of a bundle, or of an engine's sidecar.")
+    ] = None,
+    public_key: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="That must have signed a bundle; PEM.")
+    ] = None,
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -70,6 +78,7 @@ def verify(
 
     An image counts as robust only if it stands against every attack, and the result is invalid
     if the evaluation itself cannot be believed. Run it again after an interruption: it goes on.
+    A bundle is not attacked: its files are hashed, and its golden images replayed.
     For example a run, a file of weights, and what was exported:
 
     `robust-compress verify runs/mine --samples 1000`
@@ -77,15 +86,30 @@ def verify(
     `robust-compress verify resnet18:weights.safetensors --data imagefolder:DATA`
 
     `robust-compress verify runs/mine/exports/model.fp32.onnx --source runs/mine`
+
+    `robust-compress verify BUNDLE --manifest-sha256 HASH`
     """
+    from cli.bundle import is_bundle, verify_bundle_folder
+
+    output = Output(as_json=as_json)
+    if is_bundle(target):
+        idle: dict[str, object] = {"--source": source, "--data": data, "--out": out}
+        idle |= {"--epsilon": epsilon, "--norm": norm, "--samples": samples}
+        idle |= {"--max-seconds": max_seconds, "--batch-size": batch_size}
+        verify_bundle_folder(
+            Path(target), output, manifest_sha256=manifest_sha256, public_key=public_key, idle=idle
+        )
+        return
+    if public_key is not None:
+        raise UsageError(f"--public-key is for bundles, and {target} is none")
     from cli.training import performance_settings
     from compressor.verification.request import VerificationRequest
 
-    output = Output(as_json=as_json)
     request = VerificationRequest(
         target=target,
         settings=performance_settings(device=device, dtype=dtype, num_threads=threads),
         source=source,
+        sidecar_sha256=manifest_sha256,
         data_source=data,
         attacks=tuple(name.strip() for name in attacks.split(",") if name.strip()),
         mode=_choice("--mode", mode, ("fast", "compat")),
@@ -180,6 +204,8 @@ def _print_report(report: "RobustnessReport", output: Output) -> None:
     output.table(("images", "accuracy", "95 % interval", "W-Robust", "newly broken"), rows)
     if is_believed:
         output.say(f"Worst case: {report.protocol}. {report.caveat}")
+    if report.artefact is not None:
+        output.say(f"The file: {report.artefact.twin}; {report.artefact.masking}.")
     _print_validity(report, output)
     word = report.status.upper()
     if report.worst_case is not None and is_believed:

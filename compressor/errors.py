@@ -98,6 +98,12 @@ class ArtefactMismatchError(RobustCompressError):
     exit_code = ExitCode.MISMATCH
 
 
+class TooLossyError(RobustCompressError):
+    """A file is the right model but loses more accuracy under attack than was allowed."""
+
+    exit_code = ExitCode.GATE_FAILED
+
+
 class InterruptedRunError(RobustCompressError):
     """A signal ended training after the current step; everything is saved."""
 

@@ -5,7 +5,7 @@ A run on disk::
     recipe.resolved.json  run.json  environment.json  metrics.jsonl  tensorboard/
     checkpoints/step-00000352/{network,momentum,average}.safetensors, train_state.json
     model.safetensors  curves.png  report.json  report.md  report.html  samples.csv
-    exports/model.fp32.onnx  exports/model.fp32.onnx.json
+    exports/model.fp32.onnx  exports/model.fp32.onnx.json  fine-tuning-0123abcd/
 """
 
 import fcntl
@@ -136,17 +136,35 @@ class RunDirectory:
         numbers = [name.removeprefix(_CHECKPOINT_PREFIX) for name in names]
         return sorted(int(number) for number in numbers if number.isdigit())
 
-    def onnx(self, precision: str) -> Path:
+    def engine(self, variant: str) -> Path:
+        """The TensorRT engine; what is known about it is beside it, in a file ending in .json."""
+        return self.exports / f"model.{variant}.engine"
+
+    @property
+    def build_kit(self) -> Path:
+        """The folder from which a device builds its own engines."""
+        return self.exports / "kit"
+
+    def fine_tuning(self, label: str) -> "RunDirectory":
+        """A run that goes on from this one for a while; `label` tells it from others."""
+        return RunDirectory(self.path / f"fine-tuning-{label}")
+
+    @property
+    def exports(self) -> Path:
+        """The folder of what leaves the building."""
+        return self.path / "exports"
+
+    def onnx(self, variant: str) -> Path:
         """The exported graph."""
-        return self.path / "exports" / f"model.{precision}.onnx"
+        return self.exports / f"model.{variant}.onnx"
 
-    def unverified_onnx(self, precision: str) -> Path:
+    def unverified_onnx(self, variant: str) -> Path:
         """The exported graph before its answers are compared."""
-        return self.path / "exports" / f"unverified.{precision}.onnx"
+        return self.exports / f"unverified.{variant}.onnx"
 
-    def onnx_verification(self, precision: str) -> Path:
+    def onnx_verification(self, variant: str) -> Path:
         """What was shown about the exported graph."""
-        return self.path / "exports" / f"model.{precision}.onnx.json"
+        return self.exports / f"model.{variant}.onnx.json"
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -242,8 +260,8 @@ def folder_written_atomically(path: Path) -> Iterator[Path]:
     folder = path.parent / f".incomplete-{path.name}"
     folder.mkdir()
     yield folder
-    for file in folder.iterdir():
-        _sync(file)
+    for inside in folder.rglob("*"):
+        _sync(inside)
     _sync(folder)
     before = path.parent / f".incomplete-before-{path.name}"
     if path.exists():

@@ -186,7 +186,7 @@ def _fit_and_finish(training: Training, spec: NetworkSpec, *, resume: bool) -> N
             recipe_id=recipe.recipe_id,
             restore_method_state=method.restore_state,
         )
-    with _writing_metrics(training, state) as observed:
+    with writing_metrics(training, state) as observed:
         state = fit(observed, state)
     write_curves(run, title=recipe.name)
     if state.best is None:
@@ -200,8 +200,8 @@ def _fit_and_finish(training: Training, spec: NetworkSpec, *, resume: bool) -> N
 
 
 @contextmanager
-def _writing_metrics(training: Training, state: TrainState) -> Iterator[Training]:
-    """The same training, its events also written to files."""
+def writing_metrics(training: Training, state: TrainState) -> Iterator[Training]:
+    """The same training, its events also written to the files of its run."""
     metrics = MetricsFile(training.run, step=state.step, epoch=state.epoch)
     tensorboard = TensorBoardFiles(training.run, step=state.step)
 

@@ -14,6 +14,7 @@ from compressor.reports.files import ReportFiles
 from compressor.reports.html import write_html
 from compressor.reports.markdown import to_markdown
 from compressor.reports.report import (
+    ArtefactFacts,
     CostRow,
     CurvePoint,
     RobustnessReport,
@@ -25,7 +26,7 @@ from compressor.reports.report import (
 )
 from compressor.run_directory import write_text_atomically
 from compressor.verification.cascade import Subject
-from compressor.verification.doubt import check_verification
+from compressor.verification.doubt import artefact_facts, check_verification
 from compressor.verification.epsilon_curve import accuracy_curve
 from compressor.verification.gallery import choose_gallery, first_images
 from compressor.verification.progress import VerificationProgress
@@ -91,6 +92,7 @@ Looks = Literal["one", "many"]
 class Evidence:
     """What a report says beside the attacks; empty where it is not known yet."""
 
+    artefact: ArtefactFacts | None = None
     validity: Sequence[ValidityRow] = ()
     curve: Sequence[CurvePoint] = ()
     cost: Sequence[CostRow] = ()
@@ -119,10 +121,12 @@ def conclude(
     """
     validity: tuple[ValidityRow, ...] = ()
     curve: tuple[CurvePoint, ...] = ()
+    artefact: ArtefactFacts | None = None
     subject = _in_parts(subject, max_rows=prepared.max_rows)
     if prepared.stages:
         tell("checking that the evaluation can be believed")
         validity = check_verification(prepared, subject, found)
+        artefact = artefact_facts(prepared, found)
         tell("measuring accuracy at other radii")
         num_images = min(NUM_CURVE_IMAGES, len(found.samples))
         batch = first_images(prepared.split, prepared.plan, num_images=num_images)
@@ -130,7 +134,7 @@ def conclude(
     if not cost:
         tell("measuring latency")
         cost = cost_rows(prepared.target, prepared.model, prepared.teachers)
-    evidence = Evidence(validity=validity, curve=curve, cost=cost)
+    evidence = Evidence(artefact=artefact, validity=validity, curve=curve, cost=cost)
     report = describe(prepared, found, evidence=evidence, ended_because=ended_because, looks=looks)
     return report, _write(report, prepared, subject, found)
 
@@ -154,6 +158,7 @@ def describe(
         looks=looks,
         protocol=protocol_of(names, prepared.request.mode) if names else "no attack",
         target=prepared.model.facts,
+        artefact=evidence.artefact,
         norm=prepared.threat.norm,
         epsilon_pixels=prepared.threat.epsilon_pixels,
         seed=prepared.plan.seed,
@@ -233,10 +238,11 @@ def _status(
     num_done, num_planned = len(found.samples), found.num_planned
     if alarms:
         return "invalid", f"validity checks raised an alarm: {', '.join(alarms)}"
-    if prepared.model.network is None:
+    if prepared.model.differentiable is None:
+        twin = prepared.model.twin
         return "unverified", (
-            "an ONNX file has no gradient, so no white-box attack was possible; give the run it "
-            "was exported from with --source"
+            f"no white-box attack was possible, because {twin.reason if twin else ''}; give the "
+            "run it was exported from with --source"
         )
     if all(stage.kind != "white-box" for stage in prepared.stages):
         return "unverified", "no white-box attack was run"

@@ -35,6 +35,7 @@ from compressor.training_workflow import TrainingRequest, train
 from compressor.verification.request import VerificationRequest
 from compressor.verification_workflow import verify
 from exporters.exported_model import ExportedModel
+from exporters.request import ExportRequest
 from exporters.workflow import export_run
 
 EPSILON_PIXELS = "32/255"
@@ -107,7 +108,7 @@ def _run_seed(seed: int, out: Path, output: Output) -> tuple[Reports, ExportedMo
             )
             runs[name] = train(recipe, request)
             if name == FINAL:
-                exported = export_run(runs[name], settings=SETTINGS)
+                _, (exported,) = export_run(ExportRequest(run=runs[name], settings=SETTINGS))
             reports[name], _ = verify(
                 VerificationRequest(
                     target=str(runs[name].path), settings=SETTINGS, attacks=PAPER_ATTACKS

@@ -1,14 +1,15 @@
-"""A classifier as one ONNX file: float32, dynamic batch, preprocessing inside, no local paths."""
+"""A classifier as one ONNX file: float32, preprocessing inside, no local paths."""
 
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from compressor.errors import RobustCompressError
 from compressor.run_directory import write_bytes_atomically
@@ -17,21 +18,52 @@ if TYPE_CHECKING:
     from onnx import ModelProto
 
 OPSET = 20
+OPSETS = range(18, 24)
+"""What the exporter writes, and TensorRT 10.3 reads."""
 INPUT_NAME = "images"
 OUTPUT_NAME = "logits"
-INPUT_CONTRACT = "float32 [batch, C, H, W], pixels in [0, 1], RGB or grey; normalisation is inside"
 
 
 class ExportError(RobustCompressError):
     """A network cannot be written in the format that was asked for."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class OnnxForm:
+    """What the file takes, and in which version of ONNX it is written."""
+
+    image_shape: tuple[int, int, int]
+    """Channels, rows, columns."""
+    takes_bytes: bool = False
+    """Pixels are uint8 from 0 to 255 instead of float32 from 0 to 1."""
+    static_batch: int | None = None
+    """The only batch size; None: any."""
+    opset: int = OPSET
+
+    @property
+    def input_contract(self) -> str:
+        """For people."""
+        kind = "uint8" if self.takes_bytes else "float32"
+        pixels = "0 to 255" if self.takes_bytes else "in [0, 1]"
+        batch = self.static_batch or "batch"
+        sides = ", ".join(map(str, self.image_shape))
+        return f"{kind} [{batch}, {sides}], pixels {pixels}, RGB or grey; normalisation is inside"
+
+
+class _OnBytes(nn.Module):
+    """A classifier that takes the pixels as a decoder gives them."""
+
+    def __init__(self, classifier: nn.Module) -> None:
+        super().__init__()
+        self.classifier = classifier
+
+    def forward(self, bytes_NCHW: Tensor) -> Tensor:
+        """Logits [N, K] of images uint8 [N, C, H, W]."""
+        return self.classifier(bytes_NCHW.to(torch.float32) / 255)  # type: ignore[no-any-return]
+
+
 def write_onnx(
-    network: nn.Module,
-    path: Path,
-    *,
-    image_shape: tuple[int, int, int],
-    metadata: Mapping[str, str],
+    network: nn.Module, path: Path, *, form: OnnxForm, metadata: Mapping[str, str]
 ) -> None:
     """Write `network` in eval mode to `path`, checked by onnx, as a whole or not at all.
 
@@ -39,7 +71,10 @@ def write_onnx(
         ExportError: if PyTorch cannot express the network in ONNX, or the checker refuses it.
     """
     network = network.cpu().eval()
-    example = torch.zeros(2, *image_shape)
+    example = torch.zeros(form.static_batch or 2, *form.image_shape)
+    if form.takes_bytes:
+        network, example = _OnBytes(network).eval(), example.to(torch.uint8)
+    dynamic = None if form.static_batch else ({0: torch.export.Dim("batch")},)
     try:
         with _quiet_exporter():
             program = torch.onnx.export(
@@ -48,10 +83,10 @@ def write_onnx(
                 dynamo=True,
                 verbose=False,
                 external_data=False,
-                opset_version=OPSET,
+                opset_version=form.opset,
                 input_names=[INPUT_NAME],
                 output_names=[OUTPUT_NAME],
-                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                dynamic_shapes=dynamic,
             )
     except Exception as error:  # noqa: BLE001 (the exporter raises whatever it meets)
         raise ExportError(
@@ -59,10 +94,23 @@ def write_onnx(
         ) from error
     if program is None:
         raise ExportError("torch.onnx.export returned nothing")
-    _save_checked(program.model_proto, path, metadata)
+    save_checked(program.model_proto, path, metadata)
 
 
-def _save_checked(model: "ModelProto", path: Path, metadata: Mapping[str, str]) -> None:
+def model_of(path: Path) -> "ModelProto":
+    """The parsed file; one of ours, already checked."""
+    import onnx
+
+    model: ModelProto = onnx.ModelProto.FromString(path.read_bytes())
+    return model
+
+
+def save_checked(model: "ModelProto", path: Path, metadata: Mapping[str, str]) -> None:
+    """Write a graph without traces of this machine, and with what it says about itself.
+
+    Raises:
+        ExportError: if the checker refuses it.
+    """
     import onnx  # heavy; only needed here
 
     _strip(model)

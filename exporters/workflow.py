@@ -1,74 +1,147 @@
-"""export_run: from a finished run to a file that is shown to be the same model."""
+"""export_run: from a finished run to files, each shown to be the same model or named as not."""
 
-import dataclasses
-import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
-import torch
-
-from compressor.data import load_training_data
-from compressor.errors import ArtefactMismatchError
-from compressor.networks import load_trained
+from compressor.errors import ArtefactMismatchError, TooLossyError
 from compressor.onnx_model import load_onnx_model
-from compressor.performance_settings import PerformanceSettings
-from compressor.recipe_file import load_recipe
-from compressor.run_directory import RunDirectory, read_facts, write_json_atomically
+from compressor.run_directory import RunDirectory, write_json_atomically
 from compressor.weights import sha256_of_file
-from exporters.exported_model import ExportedModel
-from exporters.to_onnx import INPUT_CONTRACT, INPUT_NAME, OPSET, write_onnx
-from exporters.verify import verify_export
+from exporters.exported_model import (
+    PRECISION_OF,
+    ExportedModel,
+    ExportVerification,
+    Precision,
+    Variant,
+    verification_table,
+)
+from exporters.hops import prove_hop
+from exporters.int8_workflow import FineTune, make_fine_tuned, make_int8
+from exporters.request import ExportRequest, Prepared, prepare, twin_of
+from exporters.to_float16 import write_float16
+from exporters.to_onnx import INPUT_NAME, write_onnx
 
 
 def export_run(
-    run: RunDirectory, *, settings: PerformanceSettings, data_source: str | None = None
-) -> ExportedModel:
-    """Write the selected network of a run as fp32 ONNX and compare the file's answers with it.
+    request: ExportRequest,
+    *,
+    fine_tune: FineTune | None = None,
+    tell: Callable[[str], None] = lambda _: None,
+) -> tuple[Prepared, list[ExportedModel]]:
+    """Write the selected network of a run in every precision asked for, and prove every hop.
+
+    float32 comes first whatever was asked, because the others are made from it. A file takes its
+    place only after it is verified; an earlier export is untouched until then.
 
     Args:
-        run: a run whose training has ended.
-        settings: how images are decoded and cached.
-        data_source: where the data lies now, if not where it was.
+        request: what is asked for.
+        fine_tune: how the int8 file is fine-tuned; None: it is not.
+        tell: told in words what is done.
 
     Raises:
         RunError: if training has not ended.
-        ArtefactMismatchError: if the file answers differently; its verification says how.
+        ArtefactMismatchError: if a file is not the same model; it names the hop.
+        TooLossyError: if a file loses more accuracy under attack than allowed.
+        ExportError: if a format cannot express the network.
     """
-    network, spec = load_trained(run)
-    recipe, facts = load_recipe(run.resolved_recipe), read_facts(run)
-    images = recipe.data.model_copy(update={"source": data_source or recipe.data.source})
-    source_sha256 = sha256_of_file(run.model)
-    path, unverified = run.onnx("fp32"), run.unverified_onnx("fp32")
-    metadata = {
-        "robust_compress.class_names": json.dumps(facts["class_names"]),
-        "robust_compress.input_contract": INPUT_CONTRACT,
-        "robust_compress.recipe_id": recipe.recipe_id,
-        "robust_compress.source_sha256": source_sha256,
-        "robust_compress.threat": str(recipe.threat.build()),
-    }
-    write_onnx(network, unverified, image_shape=spec.image_shape, metadata=metadata)
-    data = load_training_data(
-        images, seed=recipe.seed, settings=settings, device=torch.device("cpu")
+    tell("attacking the network on held-out images")
+    prepared = prepare(request)
+    run, made = request.run, []
+    unverified = run.unverified_onnx("fp32")
+    tell("fp32: writing ONNX")
+    write_onnx(prepared.network, unverified, form=prepared.form, metadata=prepared.metadata())
+    tell("fp32: comparing its answers")
+    shown = prove_hop(load_onnx_model(unverified), prepared.held_out, variant="fp32", twin=None)
+    made.append(_settle(prepared, "fp32", shown, {}))
+    if "fp16" in request.precisions:
+        made.append(_float16(prepared, tell=tell))
+    if "int8" in request.precisions:
+        made.append(_int8(prepared, fine_tune=fine_tune, tell=tell))
+    return prepared, made
+
+
+def _int8(
+    prepared: Prepared, *, fine_tune: FineTune | None, tell: Callable[[str], None]
+) -> ExportedModel:
+    run = prepared.request.run
+    float32, unverified = run.onnx("fp32"), run.unverified_onnx("int8")
+    if fine_tune is None:
+        result = make_int8(prepared, float32, unverified, tell=tell)
+    else:
+        result = make_fine_tuned(prepared, float32, unverified, fine_tune=fine_tune, tell=tell)
+    return _settle(prepared, result.variant, result.verification, result.details(prepared))
+
+
+def _float16(prepared: Prepared, *, tell: Callable[[str], None]) -> ExportedModel:
+    run = prepared.request.run
+    float32, unverified = run.onnx("fp32"), run.unverified_onnx("fp16")
+    tell("fp16: converting and attacking")
+    write_float16(float32, unverified, metadata=prepared.metadata())
+    model = load_onnx_model(unverified)
+    shown = prove_hop(
+        model,
+        prepared.held_out,
+        variant="fp16",
+        twin=twin_of(model),
+        budget=prepared.request.budget,
     )
-    verification = verify_export(
-        network, load_onnx_model(unverified), data.validation, threat=recipe.threat.build()
-    )
+    return _settle(prepared, "fp16", shown, {})
+
+
+def _settle(
+    prepared: Prepared,
+    variant: Variant,
+    shown: ExportVerification,
+    details: dict[str, Any],
+) -> ExportedModel:
+    """Put a verified file in its place, with what was shown beside it."""
+    run, precision = prepared.request.run, PRECISION_OF[variant]
+    unverified = run.unverified_onnx(precision)
+    if shown.status in {"failed", "too_lossy"}:
+        raise _refusal(unverified, precision, shown)
     exported = ExportedModel(
-        path=path,
+        path=run.onnx(variant),
         format="onnx",
-        precision="fp32",
-        opset=OPSET,
+        precision=precision,
+        variant=variant,
+        opset=prepared.form.opset,
         input_name=INPUT_NAME,
-        input_contract=INPUT_CONTRACT,
+        input_contract=prepared.form.input_contract,
         sha256=sha256_of_file(unverified),
-        source_sha256=source_sha256,
+        source_sha256=prepared.source_sha256,
         num_bytes=unverified.stat().st_size,
-        verification=verification,
+        verification=shown,
+        details=details,
     )
-    if verification.status != "verified":
-        raise ArtefactMismatchError(
-            f"{unverified} does not answer as its source: {verification.reason}. Do not deploy "
-            "it; an earlier export, if there was one, is untouched"
-        )
-    unverified.replace(path)
-    table = dataclasses.asdict(exported) | {"path": path.name}
-    write_json_atomically(run.onnx_verification("fp32"), table)
+    unverified.replace(exported.path)
+    write_json_atomically(run.onnx_verification(variant), as_table(exported))
     return exported
+
+
+def _refusal(
+    path: Path, precision: Precision, shown: ExportVerification
+) -> ArtefactMismatchError | TooLossyError:
+    before = "torch" if precision == "fp32" else "fp32"
+    hop = f"the hop {before} -> {precision}"
+    if shown.status == "failed":
+        return ArtefactMismatchError(
+            f"{hop} is the first that loses something: {path} does not answer as its source: "
+            f"{shown.reason}. Do not deploy it; an earlier export, if there was one, is untouched"
+        )
+    return TooLossyError(
+        f"{hop} costs too much: {shown.reason}. {path} is not to be deployed; try --qat 1, allow "
+        "more with --max-robust-drop or --max-clean-drop, or use --precision fp16"
+    )
+
+
+def as_table(exported: ExportedModel) -> dict[str, Any]:
+    """Plain values for JSON; the path is only a name, as folders move."""
+    shown = verification_table(exported.verification)
+    return asdict(exported) | {"path": exported.path.name, "verification": shown}
+
+
+def exported_files(run: RunDirectory) -> list[Path]:
+    """The verified ONNX files of a run, those of the highest precision first."""
+    return [path for path in map(run.onnx, PRECISION_OF) if path.is_file()]

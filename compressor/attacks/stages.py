@@ -16,7 +16,7 @@ from compressor.attacks.compat import ReleasedSearch, ReleasedTargets
 from compressor.attacks.draws import Draws, KeyedDraws, seeded_draws
 from compressor.attacks.fab import FAB
 from compressor.attacks.fixed import FixedAttack
-from compressor.attacks.protocol import Model
+from compressor.attacks.protocol import Attack, Model
 from compressor.attacks.search import Search
 from compressor.attacks.square import Square
 from compressor.attacks.targeted import Targeted
@@ -106,6 +106,16 @@ def expand_names(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(name for name in ATTACK_NAMES if name in wanted)
 
 
+def with_transfer_late(names: Sequence[str]) -> tuple[str, ...]:
+    """These attacks and `transfer`, after those with gradients and before those without.
+
+    So what the gradients find by themselves can be told from what transfer adds.
+    """
+    rest = [name for name in names if name != "transfer"]
+    black_box = [name for name in rest if name == "square"]
+    return (*(name for name in rest if name != "square"), "transfer", *black_box)
+
+
 def is_autoattack(names: Sequence[str]) -> bool:
     """Whether all four attacks of AutoAttack are among these."""
     return set(AUTOATTACK) <= set(names)
@@ -126,7 +136,7 @@ def build_stages(
     batch_size: int,
     sources: Sequence[Model] = (),
 ) -> tuple[Stage, ...]:
-    """The stages of these attacks, in order.
+    """The stages of these attacks, in the order of `names`.
 
     Args:
         names: see `expand_names`.
@@ -139,25 +149,29 @@ def build_stages(
         UsageError: if there is nothing to transfer from.
     """
     papers = evaluation_attacks(threat)
-    stages = [
-        Stage(
-            name=name,
-            kind="white-box",
-            search=FixedAttack(attack=papers[name]),
-            runs_on="float32",
-            tries_all=True,
-            parameters=_parameters(papers[name]),
-            max_forwards=vars(papers[name])["num_steps"] + 1,
-            max_backwards=vars(papers[name])["num_steps"],
-        )
-        for name in names
-        if name in papers
-    ]
-    if "transfer" in names:
-        stages.append(_transfer(threat, sources))
     build = _fast if mode == "fast" else _compat
-    rest = [name for name in names if name not in papers and name != "transfer"]
-    return (*stages, *(build(name, threat, batch_size) for name in rest))
+    stages = []
+    for name in names:
+        if name in papers:
+            stages.append(_of_fixed_length(name, papers[name]))
+        elif name == "transfer":
+            stages.append(_transfer(threat, sources))
+        else:
+            stages.append(build(name, threat, batch_size))
+    return tuple(stages)
+
+
+def _of_fixed_length(name: str, attack: Attack) -> Stage:
+    return Stage(
+        name=name,
+        kind="white-box",
+        search=FixedAttack(attack=attack),
+        runs_on="float32",
+        tries_all=True,
+        parameters=_parameters(attack),
+        max_forwards=vars(attack)["num_steps"] + 1,
+        max_backwards=vars(attack)["num_steps"],
+    )
 
 
 def _transfer(threat: ThreatModel, sources: Sequence[Model]) -> Stage:

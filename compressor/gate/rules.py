@@ -201,6 +201,6 @@ def _cost_of_target(report: RobustnessReport) -> CostRow | None:
 def _is_target(name: str, target: TargetFacts) -> bool:
     if target.kind == "run":
         return name.startswith("student ")
-    if target.kind == "onnx":
-        return name.endswith(".onnx")
+    if target.kind in {"onnx", "engine"}:
+        return name.endswith(f".{target.kind}")
     return name == target.architecture.partition(",")[0]

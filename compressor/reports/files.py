@@ -58,3 +58,8 @@ class ReportFiles:
 
     def _path(self, stem: str, extension: str) -> Path:
         return self.folder / f"{'-'.join(filter(None, [stem, self.label]))}.{extension}"
+
+
+def report_of_file(path: Path, *, sha256: str) -> ReportFiles:
+    """Where the verification of a file that is no run goes, unless the user says otherwise."""
+    return ReportFiles(folder=Path("runs") / f"verify-{path.stem}-{sha256[:8]}")

@@ -19,8 +19,17 @@ from jinja2 import Environment, StrictUndefined
 from numpy.typing import NDArray
 from PIL import Image
 
+from compressor.errors import RunError
 from compressor.reports.circumstances import circumstances
 from compressor.reports.figures import report_figures
+from compressor.reports.pareto import (
+    BENCHMARK_FILE,
+    Benchmark,
+    artefact_tables,
+    pareto_picture,
+    read_benchmark,
+    without_accuracy,
+)
 from compressor.reports.report import RobustnessReport
 from compressor.reports.sections import (
     Section,
@@ -43,6 +52,11 @@ _GROUPS = {
     "clearest": "The clearest: the highest confidence in a wrong answer",
     "closest": "The closest: the smallest distance",
 }
+_ARTEFACTS_NOTE = (
+    "Measured by robust-compress bench, targets in turn on one machine, times in milliseconds "
+    "with the range of the rounds; accuracies are of verifications of these very files."
+)
+_MAX_SAID_LETTERS = 300
 _GALLERY_NOTE = (
     "Shown rounded to 8 bits; distances are before rounding. The change is the adversarial image "
     "minus the original, times the number under it; grey is no change."
@@ -81,12 +95,14 @@ def write_html(
     gallery: Sequence[GalleryImage],
     curves: Sequence[Mapping[str, Any]],
 ) -> None:
-    """Write `to_html` as a whole or not at all.
+    """Write `to_html` as a whole or not at all; a benchmark in the folder becomes part of it.
 
     Raises:
         ValueError: as `to_html`.
     """
-    write_text_atomically(path, to_html(report, gallery=gallery, curves=curves))
+    benchmark = _benchmark_of(path.parent, report)
+    text = to_html(report, gallery=gallery, curves=curves, benchmark=benchmark)
+    write_text_atomically(path, text)
 
 
 def to_html(
@@ -94,6 +110,7 @@ def to_html(
     *,
     gallery: Sequence[GalleryImage],
     curves: Sequence[Mapping[str, Any]],
+    benchmark: Benchmark | str | None = None,
 ) -> str:
     """The whole page; the same input gives the same bytes.
 
@@ -103,6 +120,7 @@ def to_html(
         report: what was found.
         gallery: images to show, in this order within their group.
         curves: the lines of the run's `metrics.jsonl`; empty if the target is not a run.
+        benchmark: of this model and what was made from it; a text says why it is not shown.
 
     Raises:
         ValueError: if an image of the gallery is not uint8 of 1 or 3 channels.
@@ -122,8 +140,8 @@ def to_html(
         reason=reason,
         numbers=() if report.status == "invalid" else headline(report).rows,
         setting=setting(report),
-        sections=_sections(report, gallery=cards, training=training),
-        figures={**{k: (p,) for k, p in report_figures(report).items()}, "curves": training},
+        sections=_sections(report, gallery=cards, training=training, benchmark=benchmark),
+        figures={**_figures(report, benchmark), "curves": training},
         gallery=cards,
         recipe=recipe,
     )
@@ -155,7 +173,11 @@ _Cards = Mapping[str, Sequence[_Card]]
 
 
 def _sections(
-    report: RobustnessReport, *, gallery: _Cards, training: Sequence[Picture]
+    report: RobustnessReport,
+    *,
+    gallery: _Cards,
+    training: Sequence[Picture],
+    benchmark: Benchmark | str | None,
 ) -> Sequence[Section]:
     sections = [*findings(report)]
     if gallery:
@@ -164,7 +186,39 @@ def _sections(
         sections.append(Section(key="gallery", title=title, level=level, notes=(_GALLERY_NOTE,)))
     if training:
         sections.append(Section(key="curves", title="Training"))
+    if isinstance(benchmark, str):
+        sections.append(Section(key="artefacts", title="Artefacts", notes=(benchmark,)))
+    elif benchmark is not None:
+        tables = artefact_tables(benchmark)
+        sections.append(
+            Section(key="artefacts", title="Artefacts", notes=(_ARTEFACTS_NOTE,), tables=tables)
+        )
     return [*sections, *circumstances(report)]
+
+
+def _benchmark_of(folder: Path, report: RobustnessReport) -> Benchmark | str | None:
+    """What lies in the folder; a sentence if that cannot be shown on the page of this model."""
+    path = folder / BENCHMARK_FILE
+    if not path.exists():
+        return None
+    try:
+        benchmark = read_benchmark(path)
+    except RunError as error:
+        said = str(error).replace(str(path), path.name)[:_MAX_SAID_LETTERS]
+        return f"There is a benchmark that cannot be shown: {said}."
+    if report.target.sha256 not in {row.sha256 for row in benchmark.targets}:
+        return f"{path.name} is of other models, so it is not shown; measure again."
+    if report.status == "verified":
+        return benchmark
+    return without_accuracy(benchmark, sha256=report.target.sha256)
+
+
+def _figures(
+    report: RobustnessReport, benchmark: Benchmark | str | None
+) -> Mapping[str, Sequence[Picture]]:
+    figures = {key: (picture,) for key, picture in report_figures(report).items()}
+    artefacts = pareto_picture(benchmark) if isinstance(benchmark, Benchmark) else None
+    return {**figures, **({"artefacts": (artefacts,)} if artefacts else {})}
 
 
 def _cards(report: RobustnessReport, gallery: Sequence[GalleryImage]) -> _Cards:

@@ -155,11 +155,27 @@ class SampleTable(_Table):
 class TargetFacts(_Table):
     """What was verified."""
 
-    kind: Literal["run", "weights", "onnx"]
+    kind: Literal["run", "weights", "onnx", "engine"]
     architecture: str
     sha256: str
     source_sha256: str | None
     """Of the weights whose gradients were used, if the target has none."""
+
+
+class ArtefactFacts(_Table):
+    """How a file without gradients was attacked."""
+
+    attacked_through: Literal["twin", "source"]
+    """Its differentiable twin, or the network that it was exported from."""
+    twin: str
+    """How well the twin answers as the file, or why there is none."""
+    transfer: Count | None
+    """Accuracy of the file under images made on its source alone, which flatters."""
+    source: Count | None
+    """Accuracy of the source under the same attack, on the same images."""
+    gradients_are_masked: bool
+    masking: str
+    """What `gradients_are_masked` rests on."""
 
 
 class TestFacts(_Table):
@@ -215,6 +231,8 @@ class RobustnessReport(_Table):
     """What the worst case is the worst of: `AutoAttack-style`, `AutoAttack (compat)`, or the
     names of the attacks."""
     target: TargetFacts
+    artefact: ArtefactFacts | None = None
+    """Of a file that was attacked; None for a network."""
     norm: Norm
     epsilon_pixels: float
     seed: int

@@ -98,7 +98,7 @@ def findings(report: RobustnessReport) -> tuple[Section, ...]:
     """What the attacks found; an invalid report has its alarms first and the numbers set apart."""
     is_invalid = report.status == "invalid"
     level = 3 if is_invalid else 2
-    builders = (_curve, _attacks, _classes, _confusion)
+    builders = (_artefact, _curve, _attacks, _classes, _confusion)
     sections = tuple(section for build in builders if (section := build(report, level)))
     return (_alarms(report), _distrusted(report), *sections) if is_invalid else sections
 
@@ -182,6 +182,32 @@ def _distrusted(report: RobustnessReport) -> Section:
         notes=("They are here to find the mistake with, not to be quoted.",),
         tables=(headline(report),),
     )
+
+
+def _artefact(report: RobustnessReport, level: int) -> Section | None:
+    facts = report.artefact
+    if facts is None:
+        return None
+    through = {
+        "twin": "Attacked through its differentiable twin, rebuilt from the numbers in the file, "
+        "and without gradients as it is; the file alone decided.",
+        "source": "Attacked through the network it was exported from; the file alone decided.",
+    }
+    said = (f"{_sentence(text)}." for text in (facts.twin, facts.masking))
+    notes = (through[facts.attacked_through], *said)
+    tables: tuple[Table, ...] = ()
+    if facts.transfer is not None and facts.source is not None:
+        rows = (
+            ("images made on its source alone, tried on the file", *count_cells(facts.transfer)),
+            ("the same attack on the source itself", *count_cells(facts.source)),
+        )
+        header = ("first images", "accuracy", "correct", "95 % interval")
+        tables = (Table(align="lrrr", header=header, rows=rows),)
+    return Section(key="artefact", title="The file", level=level, notes=notes, tables=tables)
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _curve(report: RobustnessReport, level: int) -> Section | None:

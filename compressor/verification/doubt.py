@@ -9,13 +9,14 @@ from compressor.attacks.gradients import in_parts
 from compressor.attacks.protocol import Model
 from compressor.attacks.stages import Stage
 from compressor.data import Batch, evaluation_batches
-from compressor.reports.report import ValidityRow
+from compressor.reports.report import ArtefactFacts, ValidityRow
 from compressor.validity.active_test import ACTIVE_TEST, penultimate_features
 from compressor.validity.attack_checks import ATTACK_CHECKS
 from compressor.validity.claim import Claim
 from compressor.validity.image_checks import repeated_images
 from compressor.validity.output_checks import output_checks
 from compressor.validity.validity import NUM_IMAGES, check_validity
+from compressor.verification.artefact import NUM_COMPARED_IMAGES, describe_artefact
 from compressor.verification.cascade import Subject
 from compressor.verification.gallery import first_images
 from compressor.verification.request import Prepared
@@ -32,7 +33,7 @@ def check_verification(
     """Whether images repeat, and the checks of `compressor.validity.validity` on the first ones.
 
     For a file, the questions about the function are asked of the file, and those about gradients
-    and attacks of its source, on which the attacks searched.
+    and attacks of its twin or source, on which the attacks searched.
     """
     batch = first_images(
         prepared.split, prepared.plan, num_images=min(NUM_IMAGES, len(found.samples))
@@ -61,7 +62,7 @@ def check_verification(
     )
     rows = check_validity(claim)
     repeats = repeated_images(_images(prepared, num_images=len(found.samples)))
-    if prepared.model.onnx is not None:
+    if prepared.model.file is not None:
         of_file = output_checks(subject.answer, batch.x_NCHW, threat=prepared.threat)
         rows = (*map(_worse, of_file, rows), *rows[len(of_file) :])
     if not is_whole:
@@ -70,6 +71,29 @@ def check_verification(
             unasked[row.name].not_run(_NOT_RUN) if row.name in unasked else row for row in rows
         )
     return repeats, *rows
+
+
+def artefact_facts(prepared: Prepared, found: Verification) -> ArtefactFacts | None:
+    """How a file was attacked; None for a network."""
+    model = prepared.model
+    if model.twin is None:
+        return None
+    batch = first_images(
+        prepared.split, prepared.plan, num_images=min(NUM_COMPARED_IMAGES, len(found.samples))
+    )
+    samples = found.samples[: len(batch.y_N)]
+    stands_N = None
+    if any(stage.kind == "transfer" for stage in prepared.stages):
+        stands = [not s.fooled_by.get("transfer", True) for s in samples]
+        stands_N = torch.tensor(stands, device=batch.y_N.device)
+    source = model.network
+    return describe_artefact(
+        model.twin,
+        None if source is None else in_parts(source, max_rows=prepared.max_rows),
+        batch,
+        threat=prepared.threat,
+        stands_transfer_N=stands_N,
+    )
 
 
 def _images(prepared: Prepared, *, num_images: int) -> Iterator[Tensor]:
@@ -88,8 +112,7 @@ def _worse(of_file: ValidityRow, of_source: ValidityRow) -> ValidityRow:
 
 def _features(prepared: Prepared, batch: Batch) -> Model | None:
     network = prepared.model.network
-    assert network is not None  # noqa: S101 (there are stages)
-    features = penultimate_features(network, batch.x_NCHW)
+    features = None if network is None else penultimate_features(network, batch.x_NCHW)
     return features and in_parts(features, max_rows=prepared.max_rows)
 
 

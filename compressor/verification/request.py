@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from math import prod, sqrt
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,11 +18,14 @@ from compressor.attacks.stages import (
     Stage,
     build_stages,
     expand_names,
+    with_transfer_late,
 )
 from compressor.data import TestSplit, load_test_split
+from compressor.environment import describe_environment
 from compressor.errors import UsageError
 from compressor.image_decoding import ImageShape
 from compressor.networks import evaluation_mode
+from compressor.onnx_providers import Provider
 from compressor.performance import Performance, resolve_performance
 from compressor.performance_settings import PerformanceSettings
 from compressor.reports.files import ReportFiles
@@ -49,6 +53,10 @@ class VerificationRequest:
     target: str
     settings: PerformanceSettings
     source: str | None = None
+    sidecar_sha256: str | None = None
+    """Of an engine, from a place that is trusted."""
+    provider: Provider = "cpu"
+    """Of ONNX Runtime, for an ONNX file."""
     data_source: str | None = None
     attacks: Sequence[str] = DEFAULT_ATTACKS
     mode: Mode = "fast"
@@ -104,22 +112,29 @@ class Prepared:
             "device": str(self.performance.device),
             "teachers": [teacher.sha256 for teacher in self.teachers],
         }
+        if self.request.provider != "cpu":
+            described["provider"] = self.request.provider
         return Journal.open(self.files.journal(plan_id(described)), described)
+
+    def environment(self) -> dict[str, Any]:
+        """Versions and devices, for the report; also what runs a file."""
+        known, file = describe_environment(self.performance), self.model.file
+        return known if file is None else known | {"file_runs_on": file.runs_on}
 
     @contextmanager
     def subject(self) -> Iterator[Subject]:
         """The model as the attacks see it, in eval mode meanwhile."""
-        network, onnx = self.model.network, self.model.onnx
-        if network is None:
-            assert onnx is not None  # noqa: S101
-            yield Subject(answer=onnx, float32=onnx, search_dtype=onnx)
+        followed, file = self.model.differentiable, self.model.file
+        if followed is None:
+            assert file is not None  # noqa: S101
+            yield Subject(answer=file, float32=file, search_dtype=file)
             return
-        with evaluation_mode(network):
+        with evaluation_mode(followed):
             if self.request.mode == "compat":
-                subject = _as_released(network, self.performance)
+                subject = _as_released(followed, self.performance)
             else:
-                subject = network_subject(network, self.performance)
-            yield subject if onnx is None else replace(subject, answer=onnx)
+                subject = network_subject(followed, self.performance)
+            yield subject if file is None else replace(subject, answer=file)
 
 
 def prepare(request: VerificationRequest) -> Prepared:
@@ -132,7 +147,12 @@ def prepare(request: VerificationRequest) -> Prepared:
     started_at_seconds = time.perf_counter()
     performance = resolve_performance(request.settings)
     names = expand_names(request.attacks)
-    target = open_target(request.target, source=request.source)
+    target = open_target(
+        request.target,
+        source=request.source,
+        sidecar_sha256=request.sidecar_sha256,
+        provider=request.provider,
+    )
     split = load_test_split(
         target.data_recipe(request.data_source),
         settings=request.settings,
@@ -145,15 +165,15 @@ def prepare(request: VerificationRequest) -> Prepared:
     batch_size = request.batch_size or fitting_batch_size(split.image_shape)
     teachers = _teachers(target, split, performance)
     stages = build_stages(
-        names,
+        with_transfer_late(names) if model.rounds else names,
         threat=threat,
         mode=request.mode,
         batch_size=batch_size,
-        sources=[teacher.network for teacher in teachers if teacher.network is not None],
+        sources=_sources(model, teachers, performance),
     )
-    if model.network is None:
+    if model.differentiable is None:
         stages = ()
-    elif model.onnx is not None:
+    elif model.file is not None:
         stages = tuple(_on_the_file(stage) for stage in stages)
     return Prepared(
         request=request,
@@ -188,6 +208,16 @@ def _teachers(target: Target, split: TestSplit, performance: Performance) -> lis
     return teachers
 
 
+def _sources(
+    model: Model, teachers: Sequence[Teacher], performance: Performance
+) -> list[torch.nn.Module]:
+    """What `transfer` takes its images from: the source of a file, and the teachers."""
+    sources = [teacher.network for teacher in teachers if teacher.network is not None]
+    if model.file is None or model.network is None:
+        return list(sources)
+    return [performance.place_network(model.network).eval(), *sources]
+
+
 def _threat(request: VerificationRequest, target: Target, split: TestSplit) -> ThreatModel:
     own = _own_threat(target)
     norm = request.norm or own.norm
@@ -219,9 +249,9 @@ def fitting_batch_size(image_shape: ImageShape) -> int:
 
 
 def _on_the_file(stage: Stage) -> Stage:
-    """White-box on the source, black-box on the file itself."""
+    """White-box on its differentiable form, all else on the file itself."""
     if stage.kind != "white-box":
-        return replace(stage, runs_on="answer")
+        return replace(stage, runs_on="answer", tries_all=stage.kind == "transfer")
     return stage if stage.runs_on != "answer" else replace(stage, runs_on="float32")
 
 
@@ -254,6 +284,8 @@ def _label(
     if tuple(names) != DEFAULT_ATTACKS:
         is_papers = tuple(names) == PAPER_ATTACKS
         parts.append("papers" if is_papers else "-".join(names) or "clean")
+    if request.provider != "cpu":
+        parts.append(request.provider)
     if request.seed != 0:
         parts.append(f"seed{request.seed}")
     return "-".join(parts)

@@ -12,7 +12,7 @@ from compressor.checkpoint import selected_candidate
 from compressor.cost import Latency, count_multiply_adds, measure_latencies, on_cpu
 from compressor.errors import RobustCompressError, RunError, WeightsError
 from compressor.networks import count_parameters
-from compressor.onnx_model import load_onnx_model
+from compressor.onnx_model import OnnxModel, load_onnx_model
 from compressor.proportions import Proportion
 from compressor.recipe import Recipe, portable_dict
 from compressor.reports.consistency import WRONG_CLEAN
@@ -119,9 +119,9 @@ def cost_rows(target: Target, model: Model, teachers: Sequence[Teacher]) -> tupl
     if model.network is not None and model.spec is not None:
         name = f"student {model.spec.architecture}" if target.run else model.spec.architecture
         candidates.append(_network_candidate(name, model.network))
-    onnx = model.onnx or _own_export(target)
-    if onnx is not None:
-        candidates.append(_Candidate(onnx.path.name, None, onnx, onnx.num_bytes))
+    file = model.file or _own_export(target)
+    if file is not None:
+        candidates.append(_Candidate(file.path.name, None, file, file.num_bytes))
     if model.spec is None:
         return ()
     shape = model.spec.image_shape
@@ -153,7 +153,7 @@ def _network_candidate(name: str, network: nn.Module) -> _Candidate:
     return _Candidate(name, network, on_cpu(network), num_bytes)
 
 
-def _own_export(target: Target) -> Any:  # noqa: ANN401 (an OnnxModel or None)
+def _own_export(target: Target) -> OnnxModel | None:
     """The fp32 file of a run, if what is beside it says that it has the present weights.
 
     It costs a row, and must not cost the hours of attacks before it: a damaged one is none.

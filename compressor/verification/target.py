@@ -1,29 +1,37 @@
-"""What is verified: a run, weights with an architecture, or an ONNX file with its source."""
+"""What is verified: a run, weights with an architecture, or an exported file."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from compressor.data import TestSplit, evaluation_batches
-from compressor.errors import ArtefactMismatchError, DataError, UsageError
+from compressor.data import Batch, TestSplit
+from compressor.engine_model import EngineModel
+from compressor.errors import ArtefactMismatchError, DataError, RunError, UsageError
+from compressor.file_model import FileModel, is_exported_file, load_file_model
 from compressor.networks import Classifier, NetworkSpec, load_trained
-from compressor.onnx_model import OnnxModel, load_onnx_model
+from compressor.onnx_model import OnnxModel
+from compressor.onnx_providers import Provider
 from compressor.proportions import Proportion
 from compressor.recipe import DataRecipe, Recipe, TeacherRecipe
 from compressor.recipe_file import load_recipe
+from compressor.reports.files import report_of_file
 from compressor.reports.report import TargetFacts
 from compressor.run_directory import RunDirectory, read_facts
 from compressor.teachers import load_model
+from compressor.verification.artefact import Twin, checked_twin, compared_images, rounds
 from compressor.weights import sha256_of_file
 
-NUM_COMPARED_IMAGES = 250
-_NUM_AT_ONCE = 50
-"""More large images would not fit into memory."""
+_FORMATS = MappingProxyType({OnnxModel: "ONNX", EngineModel: "TensorRT engine"})
 MIN_AGREEMENT = 0.9
 """Share of clean images on which a file must answer as its source; 8 bits cost a point or two."""
+MIN_AGREEMENT_BESIDE_TWIN = 0.5
+"""Where a file is attacked through its own twin, its source only adds images that may transfer, and
+fine-tuning after rounding may have moved some answers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,32 +39,33 @@ class Target:
     """A model to verify, before any data is read."""
 
     path: str
-    """As given; a run folder, a file of weights or an ONNX file."""
+    """As given; a run folder, a file of weights, an ONNX file or an engine."""
     run: RunDirectory | None
     """The run that trained it or its source."""
     recipe: Recipe | None
     facts: dict[str, Any] | None
-    onnx: OnnxModel | None
+    file: FileModel | None
+    """What an ONNX file or an engine answers."""
     source: str | None
-    """Of an ONNX file: the run or the weights whose gradients stand in for its own."""
+    """Of an exported file: the run or the weights that it was made from."""
 
     @property
     def name(self) -> str:
         """For titles."""
-        if self.onnx is not None or self.recipe is None:
-            return self._stem
+        if self.file is not None or self.recipe is None:
+            return self._file_path.stem
         return self.recipe.name
 
     @property
-    def _stem(self) -> str:
-        """Of the file, without its architecture."""
-        return Path(self.path.rpartition(":")[2]).stem
+    def _file_path(self) -> Path:
+        """Without the architecture."""
+        return Path(self.path.rpartition(":")[2])
 
     def folder(self, *, sha256: str) -> Path:
         """Where its reports go, unless the user says otherwise; `sha256` is that of the file."""
-        if self.run is not None and self.onnx is None:
+        if self.run is not None and self.file is None:
             return self.run.path
-        return Path("runs") / f"verify-{self._stem}-{sha256[:8]}"
+        return report_of_file(self._file_path, sha256=sha256).folder
 
     def data_recipe(self, data_source: str | None) -> DataRecipe:
         """Which images to attack.
@@ -81,25 +90,55 @@ class Model:
 
     facts: TargetFacts
     network: Classifier | None = field(repr=False)
-    """What is differentiated: the target or its source; None if there is neither."""
+    """The target or its source; None for a file without one."""
     spec: NetworkSpec | None
-    onnx: OnnxModel | None = field(repr=False)
+    file: FileModel | None = field(repr=False)
     """What answers, if it is not the network."""
+    twin: Twin | None = None
+    """Of a file."""
+    rounds: bool = False
+    """Whether a file is more than its source written down."""
     num_bytes: int
 
+    @property
+    def differentiable(self) -> nn.Module | None:
+        """What attacks follow: the twin of a file, or the network."""
+        if self.twin is not None and self.twin.module is not None:
+            return self.twin.module
+        return self.network
 
-def open_target(path: str, *, source: str | None) -> Target:
+
+def open_target(
+    path: str,
+    *,
+    source: str | None,
+    sidecar_sha256: str | None = None,
+    provider: Provider = "cpu",
+) -> Target:
     """Say what `path` is, and find the run that belongs to it.
 
     Raises:
-        UsageError: if `source` is given where it means nothing.
+        UsageError: if `source` or `provider` is given where it means nothing.
         RunError: if a folder is not a run.
-        WeightsError: if an ONNX file cannot be run.
+        WeightsError: if a file cannot be run.
+        MissingDependencyError: if what is to run a file is not here.
     """
-    is_onnx = path.endswith(".onnx") and not Path(path).is_dir()
-    if source is not None and not is_onnx:
-        raise UsageError(f"--source is for ONNX files, which have no gradient; {path} is not one")
-    weights = source if is_onnx else path
+    is_file = is_exported_file(path)
+    if source is not None and not is_file:
+        raise UsageError(f"--source is for exported files, without a gradient; {path} is not one")
+    if provider != "cpu" and not is_file:
+        raise UsageError(f"--provider is for ONNX files; {path} is not one, see --device")
+    file = None
+    if is_file:
+        file = load_file_model(
+            Path(path),
+            num_threads=torch.get_num_threads(),
+            sidecar_sha256=sidecar_sha256,
+            provider=provider,
+        )
+    if file is not None and source is None:
+        source = _run_around(file)
+    weights = source if is_file else path
     run = None
     if weights is not None and Path(weights).is_dir():
         run = RunDirectory.open(Path(weights))
@@ -110,9 +149,22 @@ def open_target(path: str, *, source: str | None) -> Target:
         run=run,
         recipe=load_recipe(run.resolved_recipe) if run else None,
         facts=read_facts(run) if run else None,
-        onnx=load_onnx_model(Path(path), num_threads=torch.get_num_threads()) if is_onnx else None,
+        file=file,
         source=source,
     )
+
+
+def _run_around(file: FileModel) -> str | None:
+    """The run in whose folder of exports a file lies, if it was exported from its weights."""
+    run = RunDirectory(file.path.resolve().parent.parent)
+    if run.exports != file.path.resolve().parent:
+        return None
+    try:
+        made_from = read_facts(run).get("model_sha256")
+    except RunError:
+        return None
+    named = file.metadata.get("robust_compress.source_sha256")
+    return str(run.path) if named is not None and named == made_from else None
 
 
 def load_target(target: Target, split: TestSplit) -> Model:
@@ -128,7 +180,7 @@ def load_target(target: Target, split: TestSplit) -> Model:
     if target.facts is not None:
         refuse_other_images(split, target.facts)
     network, spec, weights_sha256, num_bytes = _load_weights(target, split)
-    if target.onnx is None:
+    if target.file is None:
         assert spec is not None and weights_sha256 is not None  # noqa: S101, PT018
         kind = "run" if target.run is not None else "weights"
         facts = TargetFacts(
@@ -137,18 +189,32 @@ def load_target(target: Target, split: TestSplit) -> Model:
             sha256=weights_sha256,
             source_sha256=None,
         )
-        return Model(facts=facts, network=network, spec=spec, onnx=None, num_bytes=num_bytes)
-    _check_onnx(target.onnx, split)
+        return Model(facts=facts, network=network, spec=spec, file=None, num_bytes=num_bytes)
+    _check_file(target.file, split)
+    images = compared_images(split)
+    twin = checked_twin(target.file, images)
     if network is not None and weights_sha256 is not None:
-        refuse_other_source(target.onnx, network, split, source_sha256=weights_sha256)
+        refuse_other_source(
+            target.file,
+            network,
+            images,
+            source_sha256=weights_sha256,
+            min_agreement=MIN_AGREEMENT if twin.module is None else MIN_AGREEMENT_BESIDE_TWIN,
+        )
     facts = TargetFacts(
-        kind="onnx",
-        architecture=f"ONNX, {target.onnx.num_classes} classes",
-        sha256=target.onnx.sha256,
+        kind="onnx" if isinstance(target.file, OnnxModel) else "engine",
+        architecture=f"{_FORMATS[type(target.file)]}, {target.file.num_classes} classes",
+        sha256=target.file.sha256,
         source_sha256=weights_sha256,
     )
     return Model(
-        facts=facts, network=network, spec=spec, onnx=target.onnx, num_bytes=target.onnx.num_bytes
+        facts=facts,
+        network=network,
+        spec=spec,
+        file=target.file,
+        twin=twin,
+        rounds=network is not None and rounds(target.file, network, images),
+        num_bytes=target.file.num_bytes,
     )
 
 
@@ -173,40 +239,40 @@ def refuse_other_images(split: TestSplit, facts: dict[str, Any]) -> None:
 
 
 def refuse_other_source(
-    onnx: OnnxModel, network: Classifier, split: TestSplit, *, source_sha256: str
+    file: FileModel,
+    network: Classifier,
+    images: Sequence[Batch],
+    *,
+    source_sha256: str,
+    min_agreement: float = MIN_AGREEMENT,
 ) -> None:
-    """A file is attacked through its source, so it must be the same function, or nearly so.
+    """Images that fool its source are tried on a file, so both must be nearly the same function.
 
     Otherwise the images found say nothing about the file, and it would look robust.
 
     Raises:
         ArtefactMismatchError: if the file names another source, or answers otherwise.
     """
-    named = onnx.metadata.get("robust_compress.source_sha256")
+    named = file.metadata.get("robust_compress.source_sha256")
     if named is not None and named != source_sha256:
         raise ArtefactMismatchError(
-            f"{onnx.path} was exported from weights with SHA-256 {named}, the source has "
+            f"{file.path} was exported from weights with SHA-256 {named}, the source has "
             f"{source_sha256}; give the run it was exported from with --source"
         )
-    # Spread over the split, as folders have one class after the other.
-    num_compared = min(NUM_COMPARED_IMAGES, split.num_images)
-    places_N = torch.arange(num_compared, device=split.index_N.device)
-    order_N = places_N * split.num_images // num_compared
-    batches = evaluation_batches(split, batch_size=_NUM_AT_ONCE, order_N=order_N)
-    is_same_N = torch.cat([_same_answers(onnx, network, batch.x_NCHW.cpu()) for batch in batches])
+    is_same_N = torch.cat([_same_answers(file, network, batch.x_NCHW.cpu()) for batch in images])
     same = Proportion(num_correct=int(is_same_N.sum()), num_total=len(is_same_N))
-    if same.fraction < MIN_AGREEMENT:
+    if same.fraction < min_agreement:
         raise ArtefactMismatchError(
-            f"{onnx.path} gives the answer of its source on {same} test images, fewer than "
-            f"{100 * MIN_AGREEMENT:g} %, so what fools the source says nothing about the file; "
+            f"{file.path} gives the answer of its source on {same} test images, fewer than "
+            f"{100 * min_agreement:g} %, so what fools the source says nothing about the file; "
             "give the run it was exported from with --source, or export it again"
         )
 
 
 @torch.no_grad()
-def _same_answers(onnx: OnnxModel, network: Classifier, x_NCHW: Tensor) -> Tensor:
+def _same_answers(file: FileModel, network: Classifier, x_NCHW: Tensor) -> Tensor:
     """Whether both give the same class, bool [N]."""
-    return torch.eq(onnx(x_NCHW).argmax(dim=1), network(x_NCHW).argmax(dim=1))
+    return torch.eq(file(x_NCHW).argmax(dim=1), network(x_NCHW).argmax(dim=1))
 
 
 def _load_weights(
@@ -216,7 +282,7 @@ def _load_weights(
         network, spec = load_trained(target.run)
         path = target.run.model
         return network, spec, sha256_of_file(path), path.stat().st_size
-    weights = target.path if target.onnx is None else target.source
+    weights = target.path if target.file is None else target.source
     if weights is None:
         return None, None, None, 0
     recipe = TeacherRecipe(role="robust", source=weights)
@@ -226,11 +292,11 @@ def _load_weights(
     return model.network, model.spec, model.sha256, model.num_bytes
 
 
-def _check_onnx(onnx: OnnxModel, split: TestSplit) -> None:
-    onnx.check_image_shape(split.image_shape)
-    if onnx.num_classes != len(split.class_names):
+def _check_file(file: FileModel, split: TestSplit) -> None:
+    file.check_image_shape(split.image_shape)
+    if file.num_classes != len(split.class_names):
         raise DataError(
-            f"{onnx.path} has {onnx.num_classes} classes, the test images have "
+            f"{file.path} has {file.num_classes} classes, the test images have "
             f"{len(split.class_names)}; give the images it was made for with --data"
         )
 

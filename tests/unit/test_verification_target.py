@@ -25,6 +25,7 @@ from compressor.run_directory import RunDirectory
 from compressor.verification.rows import cost_rows
 from compressor.verification.target import load_target, open_target, refuse_other_source
 from compressor.weights import sha256_of_file
+from exporters.request import ExportRequest
 from exporters.workflow import export_run
 
 SETTINGS = PerformanceSettings(device="cpu", training_dtype="float32", num_threads=1)
@@ -35,7 +36,7 @@ STUDENT = {"architecture": "tiny", "width": 0.5}
 def run(tmp_path_factory, train_on_digits):
     out = tmp_path_factory.mktemp("target") / "the-run"
     run = train_on_digits(out, name="mine", epochs=1, student=STUDENT)
-    export_run(run, settings=SETTINGS)
+    export_run(ExportRequest(run=run, settings=SETTINGS))
     return run
 
 
@@ -94,7 +95,7 @@ def test_a_run_knows_its_name_its_images_and_its_folder(run, split):
     assert model.facts.architecture == "tiny, width 0.5"
     assert model.facts.sha256 == sha256_of_file(run.model) == target.facts["model_sha256"]
     assert model.facts.source_sha256 is None
-    assert (model.onnx, model.num_bytes) == (None, run.model.stat().st_size)
+    assert (model.file, model.num_bytes) == (None, run.model.stat().st_size)
 
 
 @pytest.mark.parametrize("prefix", ["", "tiny:"])
@@ -139,7 +140,7 @@ def test_a_file_with_its_source_has_both_hashes(run, weights, split):
         assert model.facts.source_sha256 == sha256_of_file(run.model)
         assert model.num_bytes == run.onnx("fp32").stat().st_size
         torch.testing.assert_close(
-            answers(model.onnx, split),
+            answers(model.file, split),
             answers(model.network.eval(), split),
             rtol=1e-3,
             atol=1e-4,

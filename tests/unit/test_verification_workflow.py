@@ -41,6 +41,7 @@ from compressor.verification.samples import Sample
 from compressor.verification.verification import Verification, attack_chunks
 from compressor.verification_workflow import conclude, verify
 from compressor.weights import sha256_of_file
+from exporters.request import ExportRequest
 from exporters.workflow import export_run
 
 SETTINGS = PerformanceSettings(device="cpu", training_dtype="float32", num_threads=1)
@@ -52,7 +53,7 @@ def run(tmp_path_factory, train_on_digits):
     """Knows digits, and is so fragile at its epsilon that the whole cascade is quick."""
     out = tmp_path_factory.mktemp("runs") / "verified"
     run = train_on_digits(out, threat={"epsilon_pixels": "48/255"})
-    export_run(run, settings=SETTINGS)
+    export_run(ExportRequest(run=run, settings=SETTINGS))
     return run
 
 

@@ -1,0 +1,90 @@
+"""From the words of `robust-compress export` to values."""
+
+from typing import TYPE_CHECKING
+
+from compressor.errors import UsageError
+
+if TYPE_CHECKING:
+    from exporters.exported_model import Precision
+    from exporters.request import Int8Request
+
+_FORMATS = {"onnx": "onnx", "engine": "engine", "trt": "engine", "tensorrt": "engine"}
+
+
+def parse_precisions(names: list[str] | None, *, half: bool, int8: bool) -> "tuple[Precision, ...]":
+    """Those named, once each, the highest first; fp32 if none is.
+
+    Raises:
+        UsageError: for one that does not exist.
+    """
+    from exporters.exported_model import PRECISIONS
+
+    wanted = [*(names or []), *(["fp16"] if half else []), *(["int8"] if int8 else [])]
+    unknown = [name for name in wanted if name not in PRECISIONS]
+    if unknown:
+        raise UsageError(f"--precision {unknown[0]!r} is not known; use {', '.join(PRECISIONS)}")
+    return tuple(p for p in PRECISIONS if p in wanted or not wanted and p == "fp32")
+
+
+def parse_formats(names: list[str]) -> list[str]:
+    """`onnx` always, `engine` if it was asked for.
+
+    Raises:
+        UsageError: for one that does not exist.
+    """
+    unknown = [name for name in names if name not in _FORMATS]
+    if unknown:
+        raise UsageError(f"--format {unknown[0]!r} is not known; use onnx or engine")
+    return sorted({_FORMATS[name] for name in names} | {"onnx"}, reverse=True)
+
+
+def parse_sizes(text: str | None, static: int | None) -> tuple[int, int, int] | None:
+    """Smallest, usual and largest batch of an engine; None: as the file allows.
+
+    Raises:
+        UsageError: if both options are given.
+        BuildError: if it is no range.
+    """
+    from compressor.device.build_options import parse_batch
+
+    if text is not None and static is not None:
+        raise UsageError("--batch and --static contradict each other; give one of them")
+    if static is not None:
+        return static, static, static
+    return None if text is None else parse_batch(text)
+
+
+def parse_opset(value: int | None) -> int:
+    """The version of ONNX.
+
+    Raises:
+        UsageError: if the exporter does not write it.
+    """
+    from exporters.to_onnx import OPSET, OPSETS
+
+    if value is not None and value not in OPSETS:
+        raise UsageError(
+            f"--opset {value} is outside {OPSETS.start} to {OPSETS.stop - 1}, which the exporter "
+            "writes; leave it out"
+        )
+    return value or OPSET
+
+
+def parse_int8(method: str, kind: str, num_images: int) -> "Int8Request":
+    """How int8 is calibrated.
+
+    Raises:
+        UsageError: for a method or kind that is refused or does not exist.
+    """
+    from exporters.calibration import CALIBRATION_KINDS
+    from exporters.request import Int8Request
+    from exporters.to_int8 import calibration_method
+
+    for known in CALIBRATION_KINDS:
+        if kind == known:
+            return Int8Request(method=calibration_method(method), kind=known, num_images=num_images)
+    if kind != "auto":
+        raise UsageError(
+            f"--calibration-images {kind!r} is not known; use auto, {', '.join(CALIBRATION_KINDS)}"
+        )
+    return Int8Request(method=calibration_method(method), num_images=num_images)

@@ -1,0 +1,74 @@
+"""Training images from which the ranges of an int8 file are found.
+
+Never test images, and never the held-out ones on which the result is judged.
+
+N images, C channels, H rows, W columns.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor, nn
+
+from compressor.data import Batch, TrainingSplit, evaluation_batches
+from compressor.onnx_model import as_bytes
+from compressor.threat import ThreatModel
+from exporters.held_out import BATCH_SIZE, attacked
+
+if TYPE_CHECKING:
+    import numpy
+
+CalibrationKind = Literal["clean", "adversarial", "mixed"]
+CALIBRATION_KINDS: tuple[CalibrationKind, ...] = ("clean", "adversarial", "mixed")
+DEFAULT_NUM_IMAGES = 512
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CalibrationImages:
+    """Images of the training split, attacked or not, a batch at a time."""
+
+    network: nn.Module
+    """Against which they are attacked, in eval mode."""
+    split: TrainingSplit
+    threat: ThreatModel
+    num_images: int
+    kind: CalibrationKind
+    takes_bytes: bool = False
+
+    @property
+    def index_sha256(self) -> str:
+        """Which images, as little-endian int64 positions in the training images."""
+        index_N = self.split.index_N[self._places().to(self.split.index_N.device)]
+        return hashlib.sha256(index_N.cpu().numpy().astype("<i8").tobytes()).hexdigest()
+
+    def batches(self) -> "Iterator[numpy.ndarray]":
+        """Batches [N, C, H, W] in the type that the file takes; one is in memory at a time."""
+        order_N = self._places().to(self.split.index_N.device)
+        for place, batch in enumerate(
+            evaluation_batches(self.split, batch_size=BATCH_SIZE, order_N=order_N)
+        ):
+            is_attacked = self.kind == "adversarial" or (self.kind == "mixed" and place % 2)
+            x_NCHW = self._attacked(batch) if is_attacked else batch.x_NCHW
+            yield as_input(x_NCHW, takes_bytes=self.takes_bytes)
+
+    def _places(self) -> Tensor:
+        """Spread evenly over the split, in an order that mixes its classes."""
+        num_chosen = min(self.num_images, self.split.num_images)
+        places_N = torch.arange(num_chosen) * self.split.num_images // num_chosen
+        # Every batch takes from the whole split, which may have one class after the other.
+        num_batches = -(-num_chosen // BATCH_SIZE)
+        return torch.cat([places_N[first::num_batches] for first in range(num_batches)])
+
+    def _attacked(self, batch: Batch) -> Tensor:
+        return attacked(self.network, batch, threat=self.threat)
+
+
+def as_input(x_NCHW: Tensor, *, takes_bytes: bool) -> "numpy.ndarray":
+    """Images in [0, 1] as the array that a file takes."""
+    if takes_bytes:
+        x_NCHW = as_bytes(x_NCHW)
+    array: numpy.ndarray = x_NCHW.detach().cpu().contiguous().numpy()
+    return array

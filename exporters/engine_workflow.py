@@ -1,0 +1,200 @@
+"""From verified ONNX files to a build kit and, where TensorRT is, to engines.
+
+N images, K classes.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from compressor.device.build_options import BuildOptions
+from compressor.device.build_progress import PhaseEvent
+from compressor.device.engine import Engine, audit_layers, wrong_precision
+from compressor.device.kit_files import MissingPackageError
+from compressor.device.tensorrt_runtime import TensorRT
+from compressor.errors import ArtefactMismatchError, TooLossyError
+from compressor.onnx_model import load_onnx_model
+from compressor.run_directory import read_json, write_json_atomically
+from exporters.build_kit import KitModel, write_build_kit
+from exporters.calibration import as_input
+from exporters.exported_model import (
+    ExportedModel,
+    ExportVerification,
+    Variant,
+    verification_table,
+)
+from exporters.golden import Golden
+from exporters.held_out import answers
+from exporters.hops import prove_hop
+from exporters.request import Prepared, twin_of
+from exporters.to_tensorrt import EngineFacts, device_errors_explained, write_engine
+
+NUM_GOLDEN_IMAGES = 32
+"""Clean, and as many adversarial; together a few hundred kB for small images."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Closeness:
+    """How closely an engine must answer as the ONNX file that it was built from."""
+
+    tolerance: float
+    """Root mean square of the error of the logits, as a share of their spread."""
+    min_agreement: float
+
+
+_CLOSENESS: MappingProxyType[str, _Closeness] = MappingProxyType(
+    {
+        "fp32": _Closeness(tolerance=1e-3, min_agreement=0.98),
+        "fp16": _Closeness(tolerance=2e-2, min_agreement=0.96),
+        # Sums in another order round some activations the other way.
+        "int8": _Closeness(tolerance=0.1, min_agreement=0.9),
+    }
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportedEngine:
+    """An engine, and what was shown about it."""
+
+    facts: EngineFacts
+    variant: Variant
+    status: Literal["verified", "unverified"]
+    reason: str
+    verification: ExportVerification | None
+    """None: it could not be run here."""
+
+
+def export_kit(
+    prepared: Prepared,
+    made: Sequence[ExportedModel],
+    *,
+    options: BuildOptions,
+    folder: Path | None = None,
+) -> Path:
+    """Write the build kit of some files; see `exporters.build_kit`.
+
+    Raises:
+        ExportError: if a file cannot go into a kit.
+    """
+    folder = folder or prepared.request.run.build_kit
+    write_build_kit(
+        folder,
+        models=[
+            KitModel(
+                path=exported.path,
+                precision=exported.variant,
+                tolerance=_CLOSENESS[exported.precision].tolerance,
+                min_agreement=_CLOSENESS[exported.precision].min_agreement,
+            )
+            for exported in made
+        ],
+        golden=golden_of(prepared, made),
+        options=options,
+        class_names=prepared.class_names,
+        threat=str(prepared.threat),
+    )
+    return folder
+
+
+def golden_of(prepared: Prepared, made: Sequence[ExportedModel]) -> Golden:
+    """Held-out images, clean and attacked, and what each file answers."""
+    held_out, takes_bytes = prepared.held_out, prepared.form.takes_bytes
+    # Spread, as the images may have one class after the other.
+    places_N = torch.arange(min(NUM_GOLDEN_IMAGES, held_out.num_images))
+    rows_N = places_N * held_out.num_images // len(places_N)
+    clean_NCHW, adversarial_NCHW = held_out.x_NCHW[rows_N], held_out.x_adv_NCHW[rows_N]
+    models = {exported.variant: load_onnx_model(exported.path) for exported in made}
+    return Golden(
+        clean_NCHW=as_input(clean_NCHW, takes_bytes=takes_bytes),
+        adversarial_NCHW=as_input(adversarial_NCHW, takes_bytes=takes_bytes),
+        labels_N=held_out.y_N[rows_N].numpy(),
+        clean_logits_NK={name: answers(m, clean_NCHW).numpy() for name, m in models.items()},
+        adversarial_logits_NK={
+            name: answers(m, adversarial_NCHW).numpy() for name, m in models.items()
+        },
+    )
+
+
+def export_engine(
+    prepared: Prepared,
+    exported: ExportedModel,
+    *,
+    options: BuildOptions,
+    tensorrt: TensorRT,
+    timing_cache: Path | None = None,
+    observe: Callable[[PhaseEvent], None] | None = None,
+) -> ExportedEngine:
+    """Build the engine of one file and, where there is a GPU for it, prove this hop too.
+
+    Raises:
+        ExportError: if it cannot be built.
+        ArtefactMismatchError: if it does not answer as the network; the engine is removed.
+        TooLossyError: if it loses more accuracy than allowed; the engine is removed.
+    """
+    path = prepared.request.run.engine(exported.variant)
+    facts = write_engine(
+        exported.path,
+        path,
+        precision=exported.variant,
+        options=options,
+        tensorrt=tensorrt,
+        timing_cache=timing_cache,
+        observe=observe,
+    )
+    with device_errors_explained():
+        try:
+            engine = Engine(facts.path.read_bytes(), tensorrt=tensorrt)
+        except MissingPackageError as error:
+            return ExportedEngine(
+                facts=facts,
+                variant=exported.variant,
+                status="unverified",
+                reason=f"it was built and could not be run here: {error}",
+                verification=None,
+            )
+        with engine:
+            shown = _prove(prepared, exported, engine, tf32=options.tf32)
+    if shown.status != "verified":
+        for file in (facts.path, facts.sidecar):
+            file.unlink()
+        kind = TooLossyError if shown.status == "too_lossy" else ArtefactMismatchError
+        raise kind(
+            f"the hop {exported.variant} -> engine is the first that loses something: "
+            f"{shown.reason}. The engine was removed; the ONNX file is verified"
+        )
+    sidecar = read_json(facts.sidecar)
+    shown_table = verification_table(shown)
+    write_json_atomically(
+        facts.sidecar, sidecar | {"status": "verified", "verification": shown_table}
+    )
+    return ExportedEngine(
+        facts=facts,
+        variant=exported.variant,
+        status="verified",
+        reason=shown.reason,
+        verification=shown,
+    )
+
+
+def _prove(
+    prepared: Prepared, exported: ExportedModel, engine: Engine, *, tf32: bool
+) -> ExportVerification:
+    """The engine beside the network, attacked through the twin of the file it was built from."""
+    wrong = wrong_precision(audit_layers(engine.layer_information()), exported.variant, tf32=tf32)
+
+    def answer(x_NCHW: Tensor) -> Tensor:
+        return torch.from_numpy(engine(as_input(x_NCHW, takes_bytes=prepared.form.takes_bytes)))
+
+    return prove_hop(
+        answer,
+        prepared.held_out,
+        variant=exported.variant,
+        twin=twin_of(load_onnx_model(exported.path)),
+        budget=prepared.request.budget,
+        complaints=[wrong] if wrong else [],
+    )

@@ -1,0 +1,251 @@
+"""From a float32 file to the int8 file that loses least, measured on held-out images."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from math import isfinite
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from compressor.onnx_graph import read_graph
+from compressor.onnx_model import load_onnx_model
+from exporters.calibration import CALIBRATION_KINDS, CalibrationImages, CalibrationKind
+from exporters.exported_model import ExportVerification, Variant
+from exporters.held_out import answers
+from exporters.hops import prove_hop, signal_to_noise_db
+from exporters.int8_audit import audit, layer_weights
+from exporters.mixed_precision import LayerSensitivity, Trial, keep_until_inside, rank_layers
+from exporters.request import Prepared, twin_of
+from exporters.to_int8 import calibrate, quantized_layers, write_fine_tuned, write_int8
+
+if TYPE_CHECKING:
+    from onnxruntime.quantization.calibrate import TensorsData
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibrated:
+    """What one kind of calibration images led to, all layers in 8 bits."""
+
+    kind: CalibrationKind
+    index_sha256: str
+    verification: ExportVerification
+
+
+@dataclass(frozen=True, kw_only=True)
+class Int8Result:
+    """The file that was chosen, and all that was tried on the way."""
+
+    variant: Variant
+    verification: ExportVerification
+    chosen_kind: CalibrationKind
+    calibrations: tuple[Calibrated, ...]
+    layers: tuple[LayerSensitivity, ...]
+    """Most sensitive first; empty where all layers bear 8 bits."""
+    trials: tuple[Trial, ...]
+
+    def details(self, prepared: Prepared) -> dict[str, Any]:
+        """How the file was made, as plain values."""
+        asked = prepared.request.int8
+        chosen = next(c for c in self.calibrations if c.kind == self.chosen_kind)
+        return {
+            "calibration_method": asked.method,
+            "calibration_kind": self.chosen_kind,
+            "num_calibration_images": min(asked.num_images, prepared.data.train.num_images),
+            "calibration_index_sha256": chosen.index_sha256,
+            "calibrations": [
+                {"kind": c.kind, "robust": asdict(c.verification.robust)} for c in self.calibrations
+            ],
+            "kept_in_float": [layer.name for layer in self.layers if layer.is_kept],
+            "layers": [_layer_table(layer) for layer in self.layers],
+            "trials": [
+                {
+                    "num_kept": trial.num_kept,
+                    "status": trial.verification.status,
+                    "robust_drop": trial.verification.robust_drop.fraction,
+                }
+                for trial in self.trials
+            ],
+        }
+
+
+def _layer_table(layer: LayerSensitivity) -> dict[str, Any]:
+    drop = layer.robust_drop
+    return {
+        "name": layer.name,
+        "num_weights": layer.num_weights,
+        "sqnr_db": layer.sqnr_db if isfinite(layer.sqnr_db) else None,
+        "robust_drop": None if drop is None else drop.fraction,
+        "is_kept": layer.is_kept,
+    }
+
+
+FineTune = Callable[[Path, Path], Mapping[str, Tensor]]
+"""(float32 file, int8 file) -> what `exporters.to_int8.write_fine_tuned` takes."""
+
+
+def make_int8(
+    prepared: Prepared, float32: Path, path: Path, *, tell: Callable[[str], None]
+) -> Int8Result:
+    """Write the int8 file to `path`: all layers in 8 bits, or with the few worst in float.
+
+    Returns:
+        What was chosen; its verification may say that it is too lossy.
+
+    Raises:
+        ExportError: if the file cannot be quantised.
+    """
+    maker = _Maker(prepared=prepared, float32=float32, path=path)
+    best, ranges, tried = _calibrate(maker, tell=tell)
+    layers: list[LayerSensitivity] = []
+    trials: list[Trial] = []
+    found = best.verification
+    if found.status != "verified":
+        layers, trials = _mix(maker, ranges, tell=tell)
+        found = trials[-1].verification
+    maker.write(ranges, kept=[layer.name for layer in layers if layer.is_kept])
+    return Int8Result(
+        variant="int8-mixed" if trials else "int8",
+        verification=found,
+        chosen_kind=best.kind,
+        calibrations=tuple(tried),
+        layers=tuple(layers),
+        trials=tuple(trials),
+    )
+
+
+def make_fine_tuned(
+    prepared: Prepared,
+    float32: Path,
+    path: Path,
+    *,
+    fine_tune: FineTune,
+    tell: Callable[[str], None],
+) -> Int8Result:
+    """Write the int8 file to `path`, all layers in 8 bits, after fine-tuning what is rounded.
+
+    Raises:
+        ExportError: if the file cannot be quantised.
+    """
+    maker = _Maker(prepared=prepared, float32=float32, path=path)
+    best, ranges, tried = _calibrate(maker, tell=tell)
+    maker.write(ranges, kept=())
+    tell("int8: fine-tuning the rounded network")
+    trained = fine_tune(float32, path)
+    tell("int8: attacking the fine-tuned file")
+    graph = read_graph(path.read_bytes(), path)
+    write_fine_tuned(path, path, trained, metadata=prepared.metadata())
+    makers = {node.outputs[0]: node.inputs[0] for node in graph.nodes if node.inputs[0] in trained}
+    weights = {
+        node.name: trained[makers[node.inputs[1]]]
+        for node in graph.nodes
+        if len(node.inputs) > 1 and node.inputs[1] in makers
+    }
+    return Int8Result(
+        variant="int8-qat",
+        verification=verify_int8(prepared, path, variant="int8-qat", float_weights=weights),
+        chosen_kind=best.kind,
+        calibrations=tuple(tried),
+        layers=(),
+        trials=(),
+    )
+
+
+def _calibrate(
+    maker: "_Maker", *, tell: Callable[[str], None]
+) -> "tuple[Calibrated, TensorsData, list[Calibrated]]":
+    """The calibration whose file is worth most on held-out images, its ranges, and all tried."""
+    asked = maker.prepared.request.int8
+    kinds = CALIBRATION_KINDS if asked.kind is None else (asked.kind,)
+    ranges, tried = {}, []
+    for kind in kinds:
+        tell(f"int8: calibrating on {asked.num_images} {kind} training images")
+        images = maker.images(kind)
+        ranges[kind] = calibrate(maker.float32, images.batches(), method=asked.method)
+        verification = maker.measure(ranges[kind], kept=())
+        tried.append(
+            Calibrated(kind=kind, index_sha256=images.index_sha256, verification=verification)
+        )
+    best = max(tried, key=_worth)
+    return best, ranges[best.kind], tried
+
+
+def _mix(
+    maker: "_Maker", ranges: "TensorsData", *, tell: Callable[[str], None]
+) -> tuple[list[LayerSensitivity], list[Trial]]:
+    sizes = {name: weight.numel() for name, weight in maker.weights().items()}
+    names = quantized_layers(maker.float32)
+    tell(f"int8: too lossy; ranking {len(names)} layers, each quantised alone")
+    ranked = rank_layers(
+        [(name, sizes[name]) for name in names],
+        proxy_db=lambda kept: maker.proxy_db(ranges, kept),
+        measure=lambda kept: maker.measure(ranges, kept=kept),
+    )
+    tell(
+        "int8: keeping the worst layers in float, until accuracy under attack is inside the budget"
+    )
+    return keep_until_inside(ranked, measure=lambda kept: maker.measure(ranges, kept=kept))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Maker:
+    """Writes candidates over each other and measures them."""
+
+    prepared: Prepared
+    float32: Path
+    path: Path
+
+    def images(self, kind: CalibrationKind) -> CalibrationImages:
+        prepared = self.prepared
+        return CalibrationImages(
+            network=prepared.network,
+            split=prepared.data.train,
+            threat=prepared.threat,
+            num_images=prepared.request.int8.num_images,
+            kind=kind,
+            takes_bytes=prepared.form.takes_bytes,
+        )
+
+    def weights(self) -> Mapping[str, Tensor]:
+        return layer_weights(read_graph(self.float32.read_bytes(), self.float32))
+
+    def write(self, ranges: "TensorsData", *, kept: Sequence[str]) -> None:
+        metadata = self.prepared.metadata()
+        write_int8(self.float32, self.path, ranges, kept_in_float=kept, metadata=metadata)
+
+    def proxy_db(self, ranges: "TensorsData", kept: Sequence[str]) -> float:
+        self.write(ranges, kept=kept)
+        held_out = self.prepared.held_out
+        found_NK = answers(load_onnx_model(self.path), held_out.x_adv_NCHW)
+        return signal_to_noise_db(held_out.adversarial_NK, found_NK)
+
+    def measure(self, ranges: "TensorsData", *, kept: Sequence[str]) -> ExportVerification:
+        self.write(ranges, kept=kept)
+        return verify_int8(self.prepared, self.path, float_weights=self.weights())
+
+
+def verify_int8(
+    prepared: Prepared,
+    path: Path,
+    *,
+    variant: Variant = "int8",
+    float_weights: Mapping[str, Tensor],
+) -> ExportVerification:
+    """Compare an int8 file with the network, attack it, and look at its scales."""
+    model = load_onnx_model(path)
+    twin = twin_of(model)
+    graph = read_graph(model.content, path)
+    complaints = audit(graph, twin, prepared.held_out.x_NCHW, float_weights=float_weights)
+    return prove_hop(
+        model,
+        prepared.held_out,
+        variant=variant,
+        twin=twin,
+        budget=prepared.request.budget,
+        complaints=complaints,
+    )
+
+
+def _worth(calibrated: Calibrated) -> tuple[bool, int, float]:
+    found = calibrated.verification
+    return found.status == "verified", found.robust.num_correct, found.sqnr_db

@@ -1,0 +1,99 @@
+"""Which layers of a network bear 8 bits, judged by accuracy under attack.
+
+Layers are ranked one at a time, all others in float: first by a cheap proxy, the signal-to-noise
+ratio of the logits of adversarial images, then the worst of them by accuracy under attack. These
+are kept in float, more and more of them, until the drop is inside the budget.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from compressor.paired_difference import PairedDrop
+from exporters.exported_model import ExportVerification
+
+_NUM_ATTACKED = 6
+"""Layers of the proxy's ranking that are attacked each on its own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSensitivity:
+    """What happens when one layer alone is quantised."""
+
+    name: str
+    num_weights: int
+    sqnr_db: float
+    """Of the logits of adversarial held-out images."""
+    robust_drop: PairedDrop | None
+    """None for layers that the proxy does not suspect."""
+    is_kept: bool = False
+    """In float, in the end."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """One choice of layers that stay in float, and what it costs."""
+
+    num_kept: int
+    verification: ExportVerification
+
+
+Measure = Callable[[Sequence[str]], ExportVerification]
+"""Names of the layers that stay in float -> what the file is then worth."""
+
+
+def rank_layers(
+    layers: Sequence[tuple[str, int]],
+    *,
+    proxy_db: Callable[[Sequence[str]], float],
+    measure: Measure,
+) -> list[LayerSensitivity]:
+    """Layers, the most sensitive first.
+
+    Args:
+        layers: names and numbers of weights.
+        proxy_db: names of the layers kept in float -> signal-to-noise ratio of the logits.
+        measure: attacks the file that keeps these layers.
+    """
+    names = [name for name, _ in layers]
+    found = [
+        LayerSensitivity(
+            name=name,
+            num_weights=num_weights,
+            sqnr_db=proxy_db([other for other in names if other != name]),
+            robust_drop=None,
+        )
+        for name, num_weights in layers
+    ]
+    found.sort(key=lambda layer: layer.sqnr_db)
+    attacked = []
+    for layer in found[:_NUM_ATTACKED]:
+        only = measure([other for other in names if other != layer.name])
+        attacked.append(replace(layer, robust_drop=only.robust_drop))
+    attacked.sort(key=_by_loss)
+    return [*attacked, *found[_NUM_ATTACKED:]]
+
+
+def keep_until_inside(
+    ranked: Sequence[LayerSensitivity], *, measure: Measure
+) -> tuple[list[LayerSensitivity], list[Trial]]:
+    """Keep 1, 2, 3, 5, 8 ... layers in float until the file is verified.
+
+    Returns:
+        The layers, with those kept marked, and every trial. The last trial may not be verified.
+    """
+    trials = []
+    num_kept = num_before = 1
+    while True:
+        num_kept = min(num_kept, len(ranked))
+        kept = [layer.name for layer in ranked[:num_kept]]
+        trial = Trial(num_kept=num_kept, verification=measure(kept))
+        trials.append(trial)
+        if trial.verification.status == "verified" or num_kept == len(ranked):
+            marked = [replace(layer, is_kept=layer.name in kept) for layer in ranked]
+            return marked, trials
+        num_kept, num_before = max(num_kept + num_before, num_kept + 1), num_kept
+
+
+def _by_loss(layer: LayerSensitivity) -> tuple[float, float]:
+    drop = layer.robust_drop.fraction if layer.robust_drop is not None else 0.0
+    return -drop, layer.sqnr_db
