@@ -4,19 +4,23 @@ import math
 import os
 import re
 import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
 
-from cli.options import JsonOption
+from cli.bench_display import print_benchmark
+from cli.options import JsonOption, ProviderOption
 from cli.output import Output
 from compressor.errors import RunError, UsageError
 
 if TYPE_CHECKING:
-    from compressor.reports.pareto import Benchmark
-    from exporters.benchmark import BenchTarget, ImageShape
+    from compressor.onnx_providers import Provider
+    from compressor.reports.benchmark import Benchmark
+    from exporters.benchmark_target import BenchTarget, ImageShape
 
 _MAX_BATCH_SIZE, _MAX_THREADS, _MAX_TARGETS = 65_536, 1_024, 60
 
@@ -24,7 +28,10 @@ _MAX_BATCH_SIZE, _MAX_THREADS, _MAX_TARGETS = 65_536, 1_024, 60
 def bench(
     targets: Annotated[
         list[str],
-        typer.Argument(metavar="TARGET...", help="Runs, FILE.onnx, ARCH:WEIGHTS or WEIGHTS."),
+        typer.Argument(
+            metavar="TARGET...",
+            help="Runs, bundles, build kits, FILE.onnx, FILE.engine, ARCH:WEIGHTS or WEIGHTS.",
+        ),
     ],
     batch_sizes: Annotated[
         str, typer.Option(metavar="N,N", help="Images of one call, with commas.")
@@ -45,6 +52,11 @@ def bench(
     image_shape: Annotated[
         str | None, typer.Option(metavar="CxHxW", help="Of the images, if a file does not say it.")
     ] = None,
+    provider: ProviderOption = "cpu",
+    manifest_sha256: Annotated[
+        list[str] | None,
+        typer.Option(metavar="HASH", help="Of the sidecar of an engine to be run; repeatable."),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -55,29 +67,33 @@ def bench(
 ) -> None:
     """Measure latency, throughput, memory and size in turn; write bench.json, .md and .svg.
 
-    A run stands for its network and all files in its `exports`. Accuracies are those that
-    `verify` found for the very same file. For example a run, and files of two runs:
+    A run stands for its network and all files in its `exports`. Engines are programs, and run
+    only if you name the hash of their sidecar. Accuracies are those that `verify` found for the
+    very same file. For example a run, files of two runs, and an engine:
 
     `robust-compress bench runs/mine`
 
     `robust-compress bench runs/a/exports/model.int8.onnx runs/b/exports/model.int8.onnx`
+
+    `robust-compress bench runs/mine/exports/model.fp16.engine --manifest-sha256 HASH`
     """
     sizes = _numbers("--batch-sizes", batch_sizes, most=_MAX_BATCH_SIZE)
     counts = None if threads is None else _numbers("--threads", threads, most=_MAX_THREADS)
     if not math.isfinite(seconds) or not 0 < seconds <= 3600:
         raise UsageError(f"--seconds {seconds:g} is not between 0 and 3600")
-    shape = None if image_shape is None else _shape(image_shape)
+    hashes = [_sha256(text) for text in manifest_sha256 or ()]
+    asked = _Asked(
+        image_shape=None if image_shape is None else _shape(image_shape),
+        provider=_provider(provider),
+        trusted_sha256=hashes,
+    )
     output = Output(as_json=as_json)
     with output.console.status("Opening the targets") as status:
         from exporters.benchmark import Plan
-        from exporters.benchmark_report import (
-            find_accuracies,
-            num_usable_cores,
-            run_benchmark,
-            write_benchmark,
-        )
+        from exporters.benchmark_accuracy import find_accuracies
+        from exporters.benchmark_report import num_usable_cores, run_benchmark, write_benchmark
 
-        found = _find(targets, shape)
+        found = _find(targets, asked)
         folder = out or _folder(targets, found)
         _refuse_unwritable(folder)
         accuracies = find_accuracies(found, report or ())
@@ -87,9 +103,10 @@ def bench(
             num_rounds=rounds,
             seconds=seconds,
         )
-        num_settings = len(found) * len(plan.batch_sizes) * len(plan.thread_counts)
+        num_open = sum(not target.why_not for target in found)
+        num_settings = num_open * len(plan.batch_sizes) * len(plan.thread_counts)
         output.say(
-            f"{num_settings} measurements of {seconds:g} s, then memory of {len(found)} targets"
+            f"{num_settings} measurements of {seconds:g} s, then memory of {num_open} targets"
         )
         benchmark = run_benchmark(
             found, plan, accuracies, observe=lambda text: status.update(escape(text))
@@ -121,25 +138,78 @@ def _shape(text: str) -> "ImageShape":
     return sides[0], sides[1], sides[2]
 
 
-def _find(sources: list[str], image_shape: "ImageShape | None") -> "list[BenchTarget]":
+def _provider(text: str) -> "Provider":
+    from compressor.onnx_providers import PROVIDERS
+
+    for provider in PROVIDERS:
+        if text == provider:
+            return provider
+    raise UsageError(f"--provider {text!r} is not one of {', '.join(PROVIDERS)}")
+
+
+def _sha256(text: str) -> str:
+    if not re.fullmatch("[0-9a-fA-F]{64}", text):
+        raise UsageError(
+            f"--manifest-sha256 {text!r} is not a SHA-256, which has 64 digits 0-9, a-f"
+        )
+    return text.lower()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Asked:
+    """How the targets are to be run."""
+
+    image_shape: "ImageShape | None"
+    provider: "Provider"
+    trusted_sha256: Sequence[str]
+
+
+def _find(sources: list[str], asked: _Asked) -> "list[BenchTarget]":
     """Each file once, however often it is named."""
-    from exporters.benchmark import find_targets
+    from exporters.benchmark_targets import find_targets
 
     found: dict[Path, BenchTarget] = {}
     for source in sources:
-        for target in find_targets(source, image_shape=image_shape):
+        for target in find_targets(
+            source,
+            image_shape=asked.image_shape,
+            provider=asked.provider,
+            trusted_sha256=asked.trusted_sha256,
+        ):
             file = Path(target.source.rpartition(":")[2])
             found.setdefault((file if file.is_file() else Path(target.source)).resolve(), target)
     if len(found) > _MAX_TARGETS:
         raise UsageError(f"{len(found)} targets are too many; at most {_MAX_TARGETS} at once")
+    _refuse_idle(asked, list(found.values()))
     return list(found.values())
 
 
+def _refuse_idle(asked: _Asked, found: "list[BenchTarget]") -> None:
+    """What was asked for and changes nothing would be taken for granted."""
+    if asked.provider != "cpu" and all(target.kind != "onnx" for target in found):
+        raise UsageError(
+            f"--provider {asked.provider} is for ONNX files, and no target is one; leave it out"
+        )
+    used = {target.sidecar_sha256 for target in found}
+    for sha256 in asked.trusted_sha256:
+        if sha256 not in used:
+            raise UsageError(
+                f"--manifest-sha256 {sha256} is that of no engine here; check it "
+                "against sha256sum ENGINE.json where the engine was built"
+            )
+
+
 def _folder(sources: list[str], found: "list[BenchTarget]") -> Path:
-    runs = {Path(source) for source in sources if Path(source).is_dir()}
+    """The run, if there is one; nothing may be added to a bundle, whose manifest names it all."""
+    from exporters.benchmark_targets import is_run
+
+    folders = list(dict.fromkeys(Path(source) for source in sources if Path(source).is_dir()))
+    runs = [folder for folder in folders if is_run(folder)]
     if len(runs) == 1:
-        return runs.pop()
-    return Path("runs") / f"bench-{Path(found[0].name).stem}"
+        return runs[0]
+    first = Path(sources[0])
+    name = first.resolve().name if first.is_dir() else Path(found[0].name).stem
+    return Path("runs") / f"bench-{name}"
 
 
 def _refuse_unwritable(folder: Path) -> None:
@@ -149,85 +219,20 @@ def _refuse_unwritable(folder: Path) -> None:
         raise RunError(f"{there} cannot be written to; choose another folder with --out")
 
 
-def print_benchmark(benchmark: "Benchmark", output: Output) -> None:
-    """Tables that fit 80 columns, and what follows from them."""
-    from exporters.benchmark_report import fronts, notes, verdicts
-
-    _print_latency(benchmark, output)
-    _print_sizes(benchmark, output)
-    _print_accuracy(benchmark, output)
-    output.title("What follows")
-    for line in [*verdicts(benchmark), *fronts(benchmark)]:
-        output.say(line)
-    output.title("How it was measured")
-    for line in notes(benchmark):
-        output.say(line)
-
-
-def _print_latency(benchmark: "Benchmark", output: Output) -> None:
-    from compressor.reports.pareto import latency_cells
-
-    output.title("Latency in milliseconds (range of the rounds)")
-    rows = []
-    for num_threads in benchmark.thread_counts:
-        for batch_size in benchmark.batch_sizes:
-            rows.append([f"batch {batch_size}, {_threads(num_threads)}", *[""] * 5])
-            for row in benchmark.targets:
-                timing = row.timing(batch_size, num_threads)
-                if timing is not None:
-                    speed = f"{timing.images_per_second:.0f}"
-                    cells = (*latency_cells(timing), speed, f"{timing.num_calls}")
-                    rows.append([f"  {row.name}", *cells])
-    output.table(("", "p50", "p90", "p99", "images/s", "calls"), rows)
-
-
-def _print_sizes(benchmark: "Benchmark", output: Output) -> None:
-    whole = benchmark.targets[0].num_bytes
-    rows = [
-        [
-            row.name,
-            row.precision,
-            f"{row.num_bytes:,}",
-            f"{row.num_bytes / whole:.2f}x",
-            "-" if row.peak_memory_mib is None else f"{row.peak_memory_mib:.1f} MiB",
-        ]
-        for row in benchmark.targets
-    ]
-    output.title("Size and peak memory")
-    output.table(("", "precision", "bytes", "of the first", "peak memory"), rows)
-
-
-def _print_accuracy(benchmark: "Benchmark", output: Output) -> None:
-    from compressor.reports.report import percent
-
-    rows = []
-    for row in benchmark.targets:
-        known = row.accuracy
-        if known is None or known.clean is None or known.worst_case is None:
-            rows.append([row.name, "not verified" if known is None else known.status, *[""] * 4])
-            continue
-        cells = [
-            cell
-            for count in (known.clean, known.worst_case)
-            for cell in (percent(count), f"{100 * count.low_95:.1f} to {100 * count.high_95:.1f}")
-        ]
-        rows.append([row.name, *cells, str(known.clean.num_total)])
-    output.title("Accuracy, as verified (95 % interval)")
-    output.table(("", "clean", "", "worst case", "", "n"), rows)
-
-
-def _threads(num_threads: int) -> str:
-    return f"{num_threads} thread{'s' if num_threads > 1 else ''}"
-
-
 def _next(benchmark: "Benchmark", found: "list[BenchTarget]", paths: list[Path]) -> str:
     """Verify what is not verified; else look at the result."""
     from compressor.run_directory import RunDirectory
 
     for row, target in zip(benchmark.targets, found, strict=True):
-        if row.accuracy is None:
-            exports = RunDirectory(target.folder).onnx(target.precision).parent
-            is_of_run = exports == Path(target.source).parent
-            source = f" --source {shlex.quote(str(target.folder))}" if is_of_run else ""
-            return f"robust-compress verify {shlex.quote(target.source)}{source}"
+        if row.accuracy is None and not target.why_not:
+            run, path = RunDirectory(target.folder), Path(target.source)
+            is_network = run.model == path and run.resolved_recipe.is_file()
+            words = ["robust-compress", "verify", str(run.path if is_network else path)]
+            if run.exports == path.parent:
+                words += ["--source", str(run.path)]
+            if target.provider != "cpu":
+                words += ["--provider", target.provider]
+            if target.sidecar_sha256 is not None:
+                words += ["--manifest-sha256", target.sidecar_sha256]
+            return shlex.join(words)
     return f"xdg-open {shlex.quote(str(paths[-1]))}"

@@ -44,6 +44,9 @@ def export(
     calibration_samples: Annotated[
         int, typer.Option(min=1, help="Training images that int8 is calibrated with.")
     ] = 512,
+    keep_float: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Layers to leave out of int8 in any case.")
+    ] = 0,
     max_robust_drop: Annotated[
         float,
         typer.Option(
@@ -101,13 +104,15 @@ def export(
     """Write the network of a run as ONNX or TensorRT, and prove that each file is as robust.
 
     Every file is compared with the network on clean and on attacked images, and lossy ones are
-    attacked themselves. For example in half the bytes, in a quarter, and as an engine:
+    attacked themselves. For example in half the bytes, in a quarter, as an engine, to be sent:
 
     `robust-compress export runs/mine --half`
 
     `robust-compress export runs/mine --int8 --max-robust-drop 0.01`
 
     `robust-compress export runs/mine --trt --precision fp16`
+
+    `robust-compress export runs/mine --int8 --bundle mine-bundle`
     """
     from cli.bundle import bundled, check_bundle_options
     from cli.export_display import print_plan
@@ -139,7 +144,12 @@ def export(
         takes_bytes=uint8_input,
         static_batch=static,
         opset=parse_opset(opset),
-        int8=parse_int8(calibration_method, calibration_images, calibration_samples),
+        int8=parse_int8(
+            calibration_method,
+            calibration_images,
+            num_images=calibration_samples,
+            min_kept=keep_float,
+        ),
         budget=Budget(max_clean_drop=max_clean_drop, max_robust_drop=max_robust_drop),
         num_images=samples,
     )

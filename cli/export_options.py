@@ -70,8 +70,8 @@ def parse_opset(value: int | None) -> int:
     return value or OPSET
 
 
-def parse_int8(method: str, kind: str, num_images: int) -> "Int8Request":
-    """How int8 is calibrated.
+def parse_int8(method: str, kind: str, *, num_images: int, min_kept: int) -> "Int8Request":
+    """How int8 is calibrated, and how many layers are left out whatever happens.
 
     Raises:
         UsageError: for a method or kind that is refused or does not exist.
@@ -80,11 +80,13 @@ def parse_int8(method: str, kind: str, num_images: int) -> "Int8Request":
     from exporters.request import Int8Request
     from exporters.to_int8 import calibration_method
 
-    for known in CALIBRATION_KINDS:
-        if kind == known:
-            return Int8Request(method=calibration_method(method), kind=known, num_images=num_images)
-    if kind != "auto":
+    if kind not in {"auto", *CALIBRATION_KINDS}:
         raise UsageError(
             f"--calibration-images {kind!r} is not known; use auto, {', '.join(CALIBRATION_KINDS)}"
         )
-    return Int8Request(method=calibration_method(method), num_images=num_images)
+    return Int8Request(
+        method=calibration_method(method),
+        kind=next((known for known in CALIBRATION_KINDS if known == kind), None),
+        num_images=num_images,
+        min_kept=min_kept,
+    )

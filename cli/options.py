@@ -26,6 +26,10 @@ DtypeOption = Annotated[
 ThreadsOption = Annotated[
     int | None, typer.Option("--threads", min=1, help="CPU threads [default: all cores].")
 ]
+ProviderOption = Annotated[
+    str,
+    typer.Option("--provider", help="Of ONNX Runtime, for ONNX files: cpu, cuda or tensorrt."),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 MemoryOption = Annotated[
     int,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cli.options import DeviceOption, JsonOption, ThreadsOption
+from cli.options import DeviceOption, JsonOption, ProviderOption, ThreadsOption
 from cli.output import Output
 from compressor.errors import ExitCode, InterruptedRunError, UsageError
 
@@ -71,6 +71,7 @@ def verify(
     public_key: Annotated[
         Path | None, typer.Option(metavar="FILE", help="That must have signed a bundle; PEM.")
     ] = None,
+    provider: ProviderOption = "cpu",
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -96,6 +97,7 @@ def verify(
         idle: dict[str, object] = {"--source": source, "--data": data, "--out": out}
         idle |= {"--epsilon": epsilon, "--norm": norm, "--samples": samples}
         idle |= {"--max-seconds": max_seconds, "--batch-size": batch_size}
+        idle |= {"--provider": None if provider == "cpu" else provider}
         verify_bundle_folder(
             Path(target), output, manifest_sha256=manifest_sha256, public_key=public_key, idle=idle
         )
@@ -103,6 +105,7 @@ def verify(
     if public_key is not None:
         raise UsageError(f"--public-key is for bundles, and {target} is none")
     from cli.training import performance_settings
+    from compressor.onnx_providers import PROVIDERS
     from compressor.verification.request import VerificationRequest
 
     request = VerificationRequest(
@@ -110,6 +113,7 @@ def verify(
         settings=performance_settings(device=device, dtype=dtype, num_threads=threads),
         source=source,
         sidecar_sha256=manifest_sha256,
+        provider=_choice("--provider", provider, PROVIDERS),
         data_source=data,
         attacks=tuple(name.strip() for name in attacks.split(",") if name.strip()),
         mode=_choice("--mode", mode, ("fast", "compat")),

@@ -80,7 +80,7 @@ class EngineModel:
         images_NCHW = x_NCHW.detach().to("cpu", torch.float32)
         if self.takes_bytes:
             images_NCHW = as_bytes(images_NCHW)
-        with _explained():
+        with _explained(self.path):
             logits_NK = self.engine(images_NCHW.contiguous().numpy())
         return torch.from_numpy(logits_NK).to(x_NCHW.device)
 
@@ -91,6 +91,11 @@ class EngineModel:
             WeightsError: if `image_shape` (C, H, W) is not what the file fixes.
         """
         self.onnx.check_image_shape(image_shape)
+
+
+def sidecar_of(path: Path) -> Path:
+    """The file beside an engine that says what it is."""
+    return path.with_name(f"{path.name}.json")
 
 
 def load_engine_model(path: Path, *, sidecar_sha256: str | None) -> EngineModel:
@@ -105,14 +110,14 @@ def load_engine_model(path: Path, *, sidecar_sha256: str | None) -> EngineModel:
         ArtefactMismatchError: if a file is not the one that was meant.
         MissingDependencyError: if TensorRT or a GPU is not here.
     """
-    sidecar_path = path.with_name(f"{path.name}.json")
+    sidecar_path = sidecar_of(path)
     if sidecar_sha256 is None:
         raise WeightsError(
             f"{path} is a program, and a hash beside it is no reason to trust it; give the SHA-256 "
             f"of {sidecar_path.name} with --manifest-sha256, from where it was built, or build it "
             "again: robust-compress export RUN --trt"
         )
-    with _explained():
+    with _explained(path):
         sidecar_bytes = read_limited(sidecar_path, max_bytes=1 << 20)
         if sha256_of(sidecar_bytes) != sidecar_sha256.lower():
             raise ArtefactMismatchError(
@@ -154,11 +159,11 @@ def load_engine_model(path: Path, *, sidecar_sha256: str | None) -> EngineModel:
 
 
 @contextmanager
-def _explained() -> Iterator[None]:
+def _explained(path: Path) -> Iterator[None]:
     """Errors of `compressor.device`, which stands alone, as the errors of this package."""
     try:
         yield
     except MissingPackageError as error:
-        raise MissingDependencyError(str(error)) from None
+        raise MissingDependencyError(f"{path} cannot be run here: {error}") from None
     except DeviceError as error:
         raise WeightsError(str(error)) from None

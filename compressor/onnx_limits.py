@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compressor.errors import WeightsError
-from compressor.onnx_graph import parse, with_inferred_shapes
+from compressor.onnx_graph import with_inferred_shapes
 
 if TYPE_CHECKING:
     from onnx import FunctionProto, GraphProto, ModelProto, NodeProto
@@ -26,6 +26,7 @@ MAX_ELEMENTS = 2**29
 """Of one value at batch size 1, or at the fixed one: 2 GiB in float32."""
 MAX_DEPTH = 32
 """Of functions in functions and graphs in graphs."""
+_FLOAT16 = 10
 _UNBOUNDED = frozenset({"Loop", "Scan"})
 _SMALL_BYTES = 4096
 """Constants up to here may be sizes of other values, the others are weights."""
@@ -34,14 +35,17 @@ _Key = tuple[str, str, str]
 """Domain, name and overload of a function."""
 
 
-def refuse_unreasonable(content: bytes, origin: Path) -> None:
+def refuse_unreasonable(model: "ModelProto", origin: Path) -> None:
     """Refuse a file that no classifier of images looks like.
 
+    Args:
+        model: parsed; its weights are taken out of it.
+        origin: the file, for messages.
+
     Raises:
-        WeightsError: if it cannot be parsed, has too many nodes, nests too deeply, loops, or has a
-            value that is too large.
+        WeightsError: if it has too many nodes, nests too deeply, loops, or has a value that is too
+            large.
     """
-    model = parse(content, origin)
     counter = _Counter(functions={_key(function): function for function in model.functions})
     try:
         num_nodes = counter.size(model.graph.node, depth=0).num_nodes
@@ -61,6 +65,12 @@ def refuse_unreasonable(content: bytes, origin: Path) -> None:
             "needs as many"
         )
     _refuse_large_values(model, origin)
+
+
+def holds_float16(model: "ModelProto") -> bool:
+    """Whether any of its weights is float16."""
+    graphs = _all_graphs(model.graph)
+    return any(tensor.data_type == _FLOAT16 for graph in graphs for tensor in graph.initializer)
 
 
 class _TooDeepError(Exception):

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from compressor.errors import MissingDependencyError, WeightsError
-from compressor.onnx_limits import MAX_FILE_BYTES, refuse_unreasonable
+from compressor.onnx_graph import parse
+from compressor.onnx_limits import MAX_FILE_BYTES, holds_float16, refuse_unreasonable
 from compressor.onnx_providers import (
     Provider,
     described,
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 _NO_FOLDER = "/external-data-is-not-allowed"
 _LOG_NOTHING_BUT_FATAL = 4
+_CRASHES_ON_FLOAT16 = "MatmulTransposeFusion"
+"""An optimisation with which ONNX Runtime 1.31 crashes on vision transformers in float16."""
 _FLOATS, _BYTES = "tensor(float)", "tensor(uint8)"
 
 
@@ -139,8 +142,10 @@ def load_onnx_model(
         MissingDependencyError: if ONNX Runtime or the provider is not here.
     """
     content = _read(path)
-    refuse_unreasonable(content, path)
-    session = _open_session(path, content, num_threads, provider)
+    model = parse(content, path)
+    refuse_unreasonable(model, path)
+    options = _session_options(path, num_threads, is_float16=holds_float16(model))
+    session = _open_session(path, content, options, provider)
     inputs, outputs = session.get_inputs(), session.get_outputs()
     _check_input(path, inputs)
     _check_output(path, outputs)
@@ -182,27 +187,23 @@ def _read(path: Path) -> bytes:
 
 
 def _open_session(
-    path: Path, content: bytes, num_threads: int | None, provider: Provider
+    path: Path, content: bytes, options: "SessionOptions", provider: Provider
 ) -> "InferenceSession":
-    try:
-        import onnxruntime
-    except ModuleNotFoundError as error:
-        raise MissingDependencyError(
-            f"reading {path} needs ONNX Runtime: pip install onnxruntime"
-        ) from error
+    import onnxruntime
+
     runtime = f"ONNX Runtime {onnxruntime.__version__}"
     order = providers_for(provider, onnxruntime.get_available_providers(), runtime=runtime)
     try:
         session = onnxruntime.InferenceSession(
             content,
-            _session_options(num_threads),
+            options,
             providers=order,
             enable_fallback=0,  # or it prints, and goes on with the CPU, even between two answers
         )
     except Exception as error:  # ONNX Runtime's errors have no class in common
         text = _first_line(error)
         if provider != "cpu":
-            _open_session(path, content, num_threads, "cpu")  # which blames the file, if it must
+            _open_session(path, content, options, "cpu")  # which blames the file, if it must
             raise not_started(provider, text, runtime=runtime) from None
         if "external data" in text.lower():
             raise WeightsError(
@@ -217,9 +218,13 @@ def _open_session(
     return session
 
 
-def _session_options(num_threads: int | None) -> "SessionOptions":
-    import onnxruntime
-
+def _session_options(path: Path, num_threads: int | None, *, is_float16: bool) -> "SessionOptions":
+    try:
+        import onnxruntime
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError(
+            f"reading {path} needs ONNX Runtime: pip install onnxruntime"
+        ) from error
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _LOG_NOTHING_BUT_FATAL
     if num_threads is not None:
@@ -229,6 +234,10 @@ def _session_options(num_threads: int | None) -> "SessionOptions":
     options.add_session_config_entry(
         "session.model_external_initializers_file_folder_path", _NO_FOLDER
     )
+    if is_float16:
+        options.add_session_config_entry(
+            "optimization.disable_specified_optimizers", _CRASHES_ON_FLOAT16
+        )
     return options
 
 

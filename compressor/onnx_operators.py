@@ -130,17 +130,25 @@ def _unsqueeze(node: OnnxNode, x: Tensor, axes: Tensor) -> Tensor:
 
 
 def _slice(node: OnnxNode, x: Tensor, *bounds: Tensor) -> Tensor:
-    """Bounds: starts, ends, axes and, if not all are 1, steps."""
-    del node
-    for start, end, axis, *step in zip(*(bound.tolist() for bound in bounds), strict=True):
+    """Bounds: starts, ends and, unless they are the first ones, axes; and steps, if not all 1."""
+    starts, ends, *rest = (bound.tolist() for bound in bounds)
+    axes = rest[0] if rest else list(range(len(starts)))
+    steps = rest[1] if len(rest) > 1 else [1] * len(starts)
+    _refuse(node, min(steps) < 1, "goes backwards")
+    for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
         index = [slice(None)] * x.dim()
-        index[axis] = slice(start, end, *step)
+        size = x.shape[axis]  # the largest number stands for the end, and PyTorch warns of it
+        index[axis] = slice(max(start, -size), min(end, size), step)
         x = x[tuple(index)]
     return x
 
 
 def _resize(
-    node: OnnxNode, x: Tensor, _roi: Tensor | None, scales: Tensor | None, sizes: Tensor | None
+    node: OnnxNode,
+    x: Tensor,
+    _roi: Tensor | None = None,
+    scales: Tensor | None = None,
+    sizes: Tensor | None = None,
 ) -> Tensor:
     kind = node.attributes.get("mode", "nearest")
     centre = node.attributes.get("coordinate_transformation_mode", "half_pixel")

@@ -5,6 +5,7 @@ there would be taken for one of the GPU.
 """
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Literal, get_args
@@ -22,8 +23,8 @@ _ORDERS: Mapping[Provider, tuple[str, ...]] = MappingProxyType(
 _OPTIONS: Mapping[str, Mapping[str, str]] = MappingProxyType({_CUDA: {"use_tf32": "0"}})
 """Float32 would else be multiplied with 10 bits; the one of TensorRT has no such option."""
 _HOW_TO_GET_IT = (
-    "Run pip uninstall onnxruntime, then pip install 'onnxruntime-gpu[cuda,cudnn]', which replaces "
-    "it; both together spoil each other. Or leave --provider at cpu"
+    "Run pip uninstall onnxruntime, then pip install onnxruntime-gpu, which replaces it; both "
+    "together spoil each other. Or leave --provider at cpu"
 )
 
 
@@ -67,11 +68,13 @@ def refuse_other_provider(provider: Provider, found: Sequence[str], *, runtime: 
 def not_started(provider: Provider, reason: str, *, runtime: str) -> MissingDependencyError:
     """The error that says that a provider of ONNX Runtime cannot be used on this machine."""
     libraries = "CUDA, cuDNN and TensorRT" if provider == "tensorrt" else "CUDA and cuDNN"
+    said = re.sub(r"^\S+:\d+ .*?\) ", "", reason).rstrip(".")  # without the place in its source
     return MissingDependencyError(
         f"--provider {provider}: {runtime} has {_ORDERS[provider][0]} and cannot start it here "
-        f"({reason}). It needs an NVIDIA GPU with its driver, and the versions of {libraries} that "
-        f"this onnxruntime-gpu was made for: pip install 'onnxruntime-gpu[cuda,cudnn]', which "
-        "replaces onnxruntime, brings those of CUDA. Or leave --provider at cpu"
+        f"({said}). It needs an NVIDIA GPU with its driver, and the versions of {libraries} that "
+        "it was made for. If both onnxruntime and onnxruntime-gpu are installed they spoil each "
+        "other: pip uninstall both, then pip install onnxruntime-gpu, which replaces onnxruntime. "
+        "Or leave --provider at cpu"
     )
 
 

@@ -208,9 +208,9 @@ def _rounding_pairs(graph: OnnxGraph) -> dict[str, str]:
         reader, *others = readers.get(node.outputs[0], [node])
         if others:
             continue
-        if reader.op == "DequantizeLinear" and _scale_and_zero(graph, node) == (
-            _scale_and_zero(graph, reader)
-        ):
+        step = _scale_and_zero(graph, node)
+        is_other_half = reader.op == "DequantizeLinear" and _scale_and_zero(graph, reader) == step
+        if step is not None and is_other_half:
             pairs[node.outputs[0]] = reader.outputs[0]
     return pairs
 

@@ -6,6 +6,7 @@ A run on disk::
     checkpoints/step-00000352/{network,momentum,average}.safetensors, train_state.json
     model.safetensors  curves.png  report.json  report.md  report.html  samples.csv
     exports/model.fp32.onnx  exports/model.fp32.onnx.json  fine-tuning-0123abcd/
+    bench.json  bench.md  bench.svg
 """
 
 import fcntl
@@ -118,6 +119,21 @@ class RunDirectory:
     def report(self, label: str = "") -> ReportFiles:
         """The files of a verification."""
         return ReportFiles(folder=self.path, label=label)
+
+    @property
+    def benchmark(self) -> Path:
+        """What the network and its exports cost, for programs."""
+        return self.path / "bench.json"
+
+    @property
+    def benchmark_markdown(self) -> Path:
+        """The same for people."""
+        return self.path / "bench.md"
+
+    @property
+    def benchmark_picture(self) -> Path:
+        """Size against robust accuracy; missing if fewer than two can be compared."""
+        return self.path / "bench.svg"
 
     @property
     def checkpoints(self) -> Path:

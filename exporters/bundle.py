@@ -60,7 +60,7 @@ _README = """\
 # Bundle
 
 Classifiers that were shown to be as robust as the network they were made from, with what is needed
-to prove it again. Class names: {classes}. Attacker: {threat}.
+to prove it again: {classes} classes, attacker {threat}.
 
 | folder | what is in it |
 | --- | --- |

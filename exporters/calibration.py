@@ -48,18 +48,27 @@ class CalibrationImages:
         """Batches [N, C, H, W] in the type that the file takes; one is in memory at a time."""
         order_N = self._places().to(self.split.index_N.device)
         for place, batch in enumerate(
-            evaluation_batches(self.split, batch_size=BATCH_SIZE, order_N=order_N)
+            evaluation_batches(self.split, batch_size=self._batch_size, order_N=order_N)
         ):
             is_attacked = self.kind == "adversarial" or (self.kind == "mixed" and place % 2)
             x_NCHW = self._attacked(batch) if is_attacked else batch.x_NCHW
             yield as_input(x_NCHW, takes_bytes=self.takes_bytes)
 
+    @property
+    def _num_chosen(self) -> int:
+        return min(self.num_images, self.split.num_images)
+
+    @property
+    def _batch_size(self) -> int:
+        """At least two batches, as every second one is attacked where images are mixed."""
+        return min(BATCH_SIZE, -(-self._num_chosen // 2))
+
     def _places(self) -> Tensor:
         """Spread evenly over the split, in an order that mixes its classes."""
-        num_chosen = min(self.num_images, self.split.num_images)
+        num_chosen = self._num_chosen
         places_N = torch.arange(num_chosen) * self.split.num_images // num_chosen
         # Every batch takes from the whole split, which may have one class after the other.
-        num_batches = -(-num_chosen // BATCH_SIZE)
+        num_batches = -(-num_chosen // self._batch_size)
         return torch.cat([places_N[first::num_batches] for first in range(num_batches)])
 
     def _attacked(self, batch: Batch) -> Tensor:

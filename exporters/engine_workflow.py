@@ -194,7 +194,7 @@ def _prove(
         answer,
         prepared.held_out,
         variant=exported.variant,
-        twin=twin_of(load_onnx_model(exported.path)),
+        twin=twin_of(load_onnx_model(exported.path), prepared.held_out),
         budget=prepared.request.budget,
         complaints=[wrong] if wrong else [],
     )

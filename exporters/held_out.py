@@ -44,6 +44,19 @@ class HeldOut:
         """How many images there are, each clean and attacked."""
         return len(self.y_N)
 
+    def batches(self) -> list[Batch]:
+        """The clean images, some at a time."""
+        index_N = torch.arange(self.num_images)
+        return [
+            Batch(
+                x_NCHW=self.x_NCHW[rows],
+                y_N=self.y_N[rows],
+                index_N=rows,
+                keys_N=self.keys_N[rows],
+            )
+            for rows in torch.split(index_N, BATCH_SIZE)
+        ]
+
 
 def held_out_images(
     network: nn.Module,

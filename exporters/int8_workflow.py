@@ -100,9 +100,9 @@ def make_int8(
     layers: list[LayerSensitivity] = []
     trials: list[Trial] = []
     found = best.verification
-    if found.status != "verified":
+    if found.status != "verified" or prepared.request.int8.min_kept:
         layers, trials = _mix(maker, ranges, tell=tell)
-        found = trials[-1].verification
+        found = trials[-1].verification if trials else found
     maker.write(ranges, kept=[layer.name for layer in layers if layer.is_kept])
     return Int8Result(
         variant="int8-mixed" if trials else "int8",
@@ -175,16 +175,23 @@ def _mix(
 ) -> tuple[list[LayerSensitivity], list[Trial]]:
     sizes = {name: weight.numel() for name, weight in maker.weights().items()}
     names = quantized_layers(maker.float32)
-    tell(f"int8: too lossy; ranking {len(names)} layers, each quantised alone")
+    tell(f"int8: ranking {len(names)} layers, each quantised alone")
     ranked = rank_layers(
         [(name, sizes[name]) for name in names],
         proxy_db=lambda kept: maker.proxy_db(ranges, kept),
         measure=lambda kept: maker.measure(ranges, kept=kept),
     )
-    tell(
-        "int8: keeping the worst layers in float, until accuracy under attack is inside the budget"
+
+    def measure(kept: Sequence[str]) -> ExportVerification:
+        found = maker.measure(ranges, kept=kept)
+        tell(f"int8: {len(kept)} of {len(names)} layers in float: {found.status}, {found.reason}")
+        return found
+
+    return keep_until_inside(
+        ranked,
+        measure=measure,
+        num_first=max(1, maker.prepared.request.int8.min_kept),
     )
-    return keep_until_inside(ranked, measure=lambda kept: maker.measure(ranges, kept=kept))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,7 +240,7 @@ def verify_int8(
 ) -> ExportVerification:
     """Compare an int8 file with the network, attack it, and look at its scales."""
     model = load_onnx_model(path)
-    twin = twin_of(model)
+    twin = twin_of(model, prepared.held_out)
     graph = read_graph(model.content, path)
     complaints = audit(graph, twin, prepared.held_out.x_NCHW, float_weights=float_weights)
     return prove_hop(

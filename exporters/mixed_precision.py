@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from compressor.paired_difference import PairedDrop
 from exporters.exported_model import ExportVerification
 
+MAX_FLOAT_SHARE = 1 / 3
+"""Of the weights that mixed precision may keep in float."""
 _NUM_ATTACKED = 6
 """Layers of the proxy's ranking that are attacked each on its own."""
 
@@ -74,24 +76,37 @@ def rank_layers(
 
 
 def keep_until_inside(
-    ranked: Sequence[LayerSensitivity], *, measure: Measure
+    ranked: Sequence[LayerSensitivity], *, measure: Measure, num_first: int = 1
 ) -> tuple[list[LayerSensitivity], list[Trial]]:
     """Keep 1, 2, 3, 5, 8 ... layers in float until the file is verified.
 
+    No more than a third of the weights stay in float: beyond that the file has half of the bytes
+    of float32, which float16 gives without loss.
+
+    Args:
+        ranked: most sensitive first.
+        measure: attacks the file that keeps these layers.
+        num_first: layers to begin with.
+
     Returns:
-        The layers, with those kept marked, and every trial. The last trial may not be verified.
+        The layers, with those kept marked, and every trial. The last trial may not be verified;
+        there is none if even the first layers are too large.
     """
-    trials = []
-    num_kept = num_before = 1
-    while True:
-        num_kept = min(num_kept, len(ranked))
+    trials: list[Trial] = []
+    num_kept, num_before = num_first, 1
+    while num_kept <= len(ranked) and _float_share(ranked[:num_kept], ranked) <= MAX_FLOAT_SHARE:
         kept = [layer.name for layer in ranked[:num_kept]]
-        trial = Trial(num_kept=num_kept, verification=measure(kept))
-        trials.append(trial)
-        if trial.verification.status == "verified" or num_kept == len(ranked):
-            marked = [replace(layer, is_kept=layer.name in kept) for layer in ranked]
-            return marked, trials
-        num_kept, num_before = max(num_kept + num_before, num_kept + 1), num_kept
+        trials.append(Trial(num_kept=num_kept, verification=measure(kept)))
+        if trials[-1].verification.status == "verified":
+            break
+        num_kept, num_before = num_kept + num_before, num_kept
+    num_marked = trials[-1].num_kept if trials else 0
+    marked = [replace(layer, is_kept=n < num_marked) for n, layer in enumerate(ranked)]
+    return marked, trials
+
+
+def _float_share(kept: Sequence[LayerSensitivity], layers: Sequence[LayerSensitivity]) -> float:
+    return sum(layer.num_weights for layer in kept) / sum(layer.num_weights for layer in layers)
 
 
 def _by_loss(layer: LayerSensitivity) -> tuple[float, float]:

@@ -10,15 +10,15 @@ from compressor.checkpoint import selected_candidate
 from compressor.data import TrainingData, load_training_data
 from compressor.errors import CheckpointError, RunError
 from compressor.networks import Classifier, NetworkSpec, load_trained
-from compressor.onnx_graph import NoPlainGraphError, read_graph
 from compressor.onnx_model import OnnxModel
-from compressor.onnx_twin import OnnxTwin, differentiable_twin
+from compressor.onnx_twin import OnnxTwin
 from compressor.performance_settings import PerformanceSettings
 from compressor.proportions import Proportion
 from compressor.recipe import Recipe
 from compressor.recipe_file import load_recipe
 from compressor.run_directory import RunDirectory, read_facts
 from compressor.threat import ThreatModel
+from compressor.verification.artefact import checked_twin
 from compressor.weights import sha256_of_file
 from exporters.calibration import DEFAULT_NUM_IMAGES, CalibrationKind
 from exporters.exported_model import Precision
@@ -38,6 +38,8 @@ class Int8Request:
     kind: CalibrationKind | None = None
     """Of the calibration images; None: whichever is best on held-out images."""
     num_images: int = DEFAULT_NUM_IMAGES
+    min_kept: int = 0
+    """Layers to keep in float even where all bear 8 bits, the most sensitive ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,10 +142,6 @@ def prepare(request: ExportRequest) -> Prepared:
     )
 
 
-def twin_of(model: OnnxModel) -> OnnxTwin | None:
-    """A differentiable form of a file, where its operators allow one."""
-    try:
-        graph = read_graph(model.content, model.path)
-        return differentiable_twin(graph, takes_bytes=model.takes_bytes).eval()
-    except NoPlainGraphError:
-        return None
+def twin_of(model: OnnxModel, held_out: HeldOut) -> OnnxTwin | None:
+    """A differentiable form of a file, where there is one that answers as the file does."""
+    return checked_twin(model, held_out.batches()).module

@@ -9,7 +9,7 @@ rounding. BatchNorm is already folded into the convolutions by `exporters.to_onn
 import contextlib
 import io
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal
@@ -95,12 +95,25 @@ def calibrate(
         )
         (image_input,) = calibrator.infer_session.get_inputs()
         num_batches = 0
-        for batch_NCHW in batches_NCHW:
+        for batch_NCHW in _of_size(image_input.shape[0], batches_NCHW):
             calibrator.collect_data(_OneBatch({image_input.name: batch_NCHW}))
             num_batches += 1
         if not num_batches:
             raise ExportError("there are no images to calibrate with")
         return calibrator.compute_data()
+
+
+def _of_size(
+    batch_size: int | str | None, batches_NCHW: "Iterable[numpy.ndarray]"
+) -> "Iterator[numpy.ndarray]":
+    """Batches as a file takes them; one that is not full repeats its last image."""
+    if not isinstance(batch_size, int):
+        yield from batches_NCHW
+        return
+    for batch_NCHW in batches_NCHW:
+        for start in range(0, len(batch_NCHW), batch_size):
+            rows = [min(start + row, len(batch_NCHW) - 1) for row in range(batch_size)]
+            yield batch_NCHW[rows]
 
 
 def quantized_layers(float32: Path) -> list[str]:

@@ -94,7 +94,9 @@ def write_onnx(
         ) from error
     if program is None:
         raise ExportError("torch.onnx.export returned nothing")
-    save_checked(program.model_proto, path, metadata)
+    model = program.model_proto  # a new one at every access
+    _name_layers(model)
+    save_checked(model, path, metadata)
 
 
 def model_of(path: Path) -> "ModelProto":
@@ -120,6 +122,18 @@ def save_checked(model: "ModelProto", path: Path, metadata: Mapping[str, str]) -
     except onnx.checker.ValidationError as error:
         raise ExportError(f"onnx.checker refuses the exported graph: {error}") from error
     write_bytes_atomically(path, model.SerializeToString(deterministic=True))
+
+
+def _name_layers(model: "ModelProto") -> None:
+    """Call layers as the network does, so that people know them in tables, logs and engines."""
+    constants = {tensor.name for tensor in model.graph.initializer}
+    taken = {node.name for node in model.graph.node}
+    for node in model.graph.node:
+        weight = node.input[1] if len(node.input) > 1 else ""
+        name = weight.removesuffix(".weight")
+        if weight.endswith(".weight") and weight in constants and name not in taken:
+            node.name = name
+            taken.add(name)
 
 
 def _strip(model: "ModelProto") -> None:

@@ -84,7 +84,7 @@ def _float16(prepared: Prepared, *, tell: Callable[[str], None]) -> ExportedMode
         model,
         prepared.held_out,
         variant="fp16",
-        twin=twin_of(model),
+        twin=twin_of(model, prepared.held_out),
         budget=prepared.request.budget,
     )
     return _settle(prepared, "fp16", shown, {})
@@ -130,9 +130,10 @@ def _refusal(
             f"{hop} is the first that loses something: {path} does not answer as its source: "
             f"{shown.reason}. Do not deploy it; an earlier export, if there was one, is untouched"
         )
+    worth = ", so int8 is not worth it here" if precision == "int8" else ""
     return TooLossyError(
-        f"{hop} costs too much: {shown.reason}. {path} is not to be deployed; try --qat 1, allow "
-        "more with --max-robust-drop or --max-clean-drop, or use --precision fp16"
+        f"{hop} costs too much{worth}: {shown.reason}. {path} is not to be deployed; try --qat 1, "
+        "allow more with --max-robust-drop or --max-clean-drop, or use --precision fp16"
     )
 
 

@@ -20,16 +20,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from compressor.errors import RunError
+from compressor.reports.benchmark import Benchmark, read_benchmark, without_accuracy
+from compressor.reports.benchmark_tables import artefact_tables
 from compressor.reports.circumstances import circumstances
 from compressor.reports.figures import report_figures
-from compressor.reports.pareto import (
-    BENCHMARK_FILE,
-    Benchmark,
-    artefact_tables,
-    pareto_picture,
-    read_benchmark,
-    without_accuracy,
-)
+from compressor.reports.pareto import pareto_picture
 from compressor.reports.report import RobustnessReport
 from compressor.reports.sections import (
     Section,
@@ -42,7 +37,7 @@ from compressor.reports.sections import (
 )
 from compressor.reports.svg import Picture
 from compressor.reports.training_figures import training_figures
-from compressor.run_directory import write_text_atomically
+from compressor.run_directory import RunDirectory, write_text_atomically
 
 Pixels = NDArray[np.uint8] | Sequence[Sequence[Sequence[int]]]
 
@@ -198,7 +193,7 @@ def _sections(
 
 def _benchmark_of(folder: Path, report: RobustnessReport) -> Benchmark | str | None:
     """What lies in the folder; a sentence if that cannot be shown on the page of this model."""
-    path = folder / BENCHMARK_FILE
+    path = RunDirectory(folder).benchmark
     if not path.exists():
         return None
     try:

@@ -189,9 +189,10 @@ def _artefact(report: RobustnessReport, level: int) -> Section | None:
     if facts is None:
         return None
     through = {
-        "twin": "Attacked through its differentiable twin, rebuilt from the numbers in the file, "
-        "and without gradients as it is; the file alone decided.",
-        "source": "Attacked through the network it was exported from; the file alone decided.",
+        "twin": "Attacked through its differentiable twin, rebuilt from the numbers in the file; "
+        "attacks without gradients ask the file itself, and what fools it is for the file to say.",
+        "source": "Attacked through the network it was exported from; what fools it is for the "
+        "file to say.",
     }
     said = (f"{_sentence(text)}." for text in (facts.twin, facts.masking))
     notes = (through[facts.attacked_through], *said)

@@ -109,11 +109,7 @@ class Model:
 
 
 def open_target(
-    path: str,
-    *,
-    source: str | None,
-    sidecar_sha256: str | None = None,
-    provider: Provider = "cpu",
+    path: str, *, source: str | None, sidecar_sha256: str | None = None, provider: Provider = "cpu"
 ) -> Target:
     """Say what `path` is, and find the run that belongs to it.
 
@@ -123,12 +119,7 @@ def open_target(
         WeightsError: if a file cannot be run.
         MissingDependencyError: if what is to run a file is not here.
     """
-    is_file = is_exported_file(path)
-    if source is not None and not is_file:
-        raise UsageError(f"--source is for exported files, without a gradient; {path} is not one")
-    if provider != "cpu" and not is_file:
-        raise UsageError(f"--provider is for ONNX files; {path} is not one, see --device")
-    file = None
+    is_file, file = is_exported_file(path), None
     if is_file:
         file = load_file_model(
             Path(path),
@@ -136,8 +127,10 @@ def open_target(
             sidecar_sha256=sidecar_sha256,
             provider=provider,
         )
-    if file is not None and source is None:
-        source = _run_around(file)
+        source = source or _run_around(file)
+    elif source is not None or provider != "cpu":
+        option = "--provider" if source is None else "--source"
+        raise UsageError(f"{option} is for exported files; {path} is not one")
     weights = source if is_file else path
     run = None
     if weights is not None and Path(weights).is_dir():

@@ -123,7 +123,7 @@ def _markdown(rows: list[list[str]], performance: Performance, num_images: int) 
         "# Do exported files answer as PyTorch does?",
         f"float32 ONNX by ONNX Runtime against PyTorch on {num_images} CIFAR-10 test images. "
         "Networks of width 1 with seeded weights, not trained but for the statistics of BatchNorm "
-        "and the scale of the last layer. Beside the difference between the file and PyTorch is that "
+        "and the scale of the last layer. Beside the difference between file and PyTorch is that "
         "between PyTorch in float32 and in float64, which is what rounding alone does.",
         markdown_table(header, rows),
         "`python tests/evidence/export_agreement.py --data imagefolder:DATA`",

@@ -22,15 +22,16 @@ from compressor.performance import Performance
 from compressor.performance_settings import PerformanceSettings
 from compressor.proportions import Proportion
 from compressor.recipe_file import load_recipe
+from compressor.reports.benchmark import Benchmark, BenchmarkRow, Timing
 from compressor.reports.markdown import markdown_table
-from compressor.reports.pareto import Benchmark, BenchmarkRow, Timing
 from compressor.reports.report import RobustnessReport, read_report
 from compressor.run_directory import RunDirectory, write_json_atomically, write_text_atomically
 from compressor.verification.request import VerificationRequest
 from compressor.verification_workflow import verify
 from compressor.weights import sha256_of_file
-from exporters.benchmark import Plan, find_targets
+from exporters.benchmark import Plan
 from exporters.benchmark_report import run_benchmark
+from exporters.benchmark_targets import find_targets
 from exporters.workflow import exported_files
 
 GRADIENTS = ("apgd_ce", "apgd_t")

@@ -130,8 +130,8 @@ def test_a_network_that_onnx_cannot_express_is_refused(tmp_path):
         def forward(self, x_NCHW):
             return x_NCHW if float(x_NCHW.sum()) > 3 else -x_NCHW
 
+    form = OnnxForm(image_shape=(1, 8, 8))
     with pytest.raises(ExportError, match="cannot be written as ONNX"):
-        form = OnnxForm(image_shape=(1, 8, 8))
         write_onnx(Odd(), tmp_path / "odd.onnx", form=form, metadata={})
     assert list(tmp_path.iterdir()) == []
 

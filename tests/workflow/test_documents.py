@@ -9,7 +9,12 @@ import pytest
 from cli.main import main
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "examples/recipes").iterdir()]
+DOCUMENTS = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "docs/from-checkpoint-to-jetson.md",
+    *(ROOT / "examples/recipes").iterdir(),
+]
 
 
 def commands() -> list[str]:

@@ -1,0 +1,101 @@
+"""Real students in all three precisions become engines, and an export leaves a kit and engines."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from compressor.device.build_options import BuildOptions
+from compressor.errors import MissingDependencyError
+from compressor.networks import NetworkSpec, build_classifier
+from compressor.performance_settings import PerformanceSettings
+from exporters.engine_workflow import export_engine, export_kit
+from exporters.request import ExportRequest, Int8Request
+from exporters.to_float16 import write_float16
+from exporters.to_int8 import calibrate, write_int8
+from exporters.to_onnx import OnnxForm, write_onnx
+from exporters.to_tensorrt import import_tensorrt, write_engine
+from exporters.workflow import export_run
+
+SETTINGS = PerformanceSettings(device="cpu", training_dtype="float32", num_threads=1)
+
+
+@pytest.fixture(scope="module")
+def tensorrt():
+    try:
+        return import_tensorrt()
+    except MissingDependencyError as error:
+        pytest.skip(f"no TensorRT here: {error}")
+
+
+@pytest.fixture(scope="module", params=[("resnet18", 0.125), ("mobilenet_v2", 0.25)])
+def student_files(request, tmp_path_factory):
+    """One network as fp32, fp16 and int8."""
+    architecture, width = request.param
+    folder = tmp_path_factory.mktemp(architecture)
+    spec = NetworkSpec(
+        architecture=architecture, width=width, num_classes=10, image_shape=(3, 32, 32)
+    )
+    files = {
+        precision: folder / f"model.{precision}.onnx" for precision in ("fp32", "fp16", "int8")
+    }
+    form = OnnxForm(image_shape=spec.image_shape)
+    write_onnx(build_classifier(spec, seed=0), files["fp32"], form=form, metadata={})
+    write_float16(files["fp32"], files["fp16"], metadata={})
+    images = np.random.default_rng(0).random((8, 3, 32, 32), dtype=np.float32)
+    ranges = calibrate(files["fp32"], [images], method="minmax")
+    write_int8(files["fp32"], files["int8"], ranges, metadata={})
+    return files
+
+
+@pytest.mark.tensorrt
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+def test_engines_are_built_of_real_students(student_files, precision, tensorrt, tmp_path):
+    path = tmp_path / "model.engine"
+    facts = write_engine(
+        student_files[precision],
+        path,
+        precision=precision,
+        options=BuildOptions(optimization_level=0),
+        tensorrt=tensorrt,
+    )
+    assert path.stat().st_size == facts.num_bytes > 10_000
+    sidecar = json.loads(facts.sidecar.read_text())
+    assert sidecar["profile"] == {"min": 1, "opt": 8, "max": 32}
+    assert (sidecar["precision"], sidecar["status"]) == (precision, "unverified")
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory, train_on_digits):
+    run = train_on_digits(tmp_path_factory.mktemp("runs") / "engines", epochs=1)
+    request = ExportRequest(
+        run=run,
+        settings=SETTINGS,
+        precisions=("fp32", "fp16"),
+        int8=Int8Request(kind="clean", num_images=64),
+        num_images=40,
+    )
+    return export_run(request)
+
+
+def test_the_kit_holds_what_was_exported(exported):
+    prepared, made = exported
+    kit = export_kit(prepared, made, options=BuildOptions(batch=(1, 2, 4)))
+    assert kit == prepared.request.run.build_kit
+    table = json.loads((kit / "kit.json").read_text())
+    assert [model["precision"] for model in table["models"]] == ["fp32", "fp16"]
+    assert table["build"]["batch"] == [1, 2, 4]
+    assert table["threat"] == str(prepared.threat)
+
+
+@pytest.mark.tensorrt
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU it is verified")
+def test_without_a_gpu_an_engine_is_built_and_unverified(exported, tensorrt):
+    prepared, made = exported
+    built = export_engine(
+        prepared, made[1], options=BuildOptions(optimization_level=0), tensorrt=tensorrt
+    )
+    assert (built.status, built.verification) == ("unverified", None)
+    assert "could not be run here" in built.reason
+    assert prepared.request.run.engine("fp16").is_file()
