@@ -1,5 +1,7 @@
 """Small things that many tests need: tiny networks, seeded images, one thread, own cache."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -95,6 +97,17 @@ def make_trained(make_tiny):
         return network.eval(), *noisy(num_images)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def exported_tiny(tmp_path_factory, make_trained):
+    """That network, 200 of its images with labels, and its file in float32."""
+    from exporters.to_onnx import OnnxForm, write_onnx
+
+    network, x_NCHW, y_N = make_trained(200)
+    path = tmp_path_factory.mktemp("exported") / "model.fp32.onnx"
+    write_onnx(network, path, form=OnnxForm(image_shape=(3, 8, 8)), metadata={"key": "value"})
+    return SimpleNamespace(network=network, path=path, x_NCHW=x_NCHW, y_N=y_N)
 
 
 @pytest.fixture(scope="session")

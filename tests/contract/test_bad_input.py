@@ -433,6 +433,47 @@ OPTIONS = {
     "unknown format": row(
         nothing, "export run --format tflite", "--format 'tflite'", "use onnx", code=USAGE
     ),
+    "unknown precision": row(
+        nothing, "export run --precision fp8", "--precision 'fp8'", "fp32, fp16", code=USAGE
+    ),
+    "opset of the future": row(
+        nothing, "export run --opset 99", "--opset 99 is outside 18 to 23", "leave it", code=USAGE
+    ),
+    "calibration for 8-bit floats": row(
+        nothing,
+        "export run --int8 --calibration-method distribution",
+        "'distribution' is refused: it is made for 8-bit floats",
+        "use minmax, entropy, percentile",
+        code=USAGE,
+    ),
+    "dynamic calibration": row(
+        nothing,
+        "export run --int8 --calibration-method dynamic",
+        "'dynamic' is refused: TensorRT has no dynamic quantisation",
+        "use minmax",
+        code=USAGE,
+    ),
+    "unknown calibration": row(
+        nothing,
+        "export run --int8 --calibration-method magic",
+        "'magic' is refused: it is not known",
+        code=USAGE,
+    ),
+    "unknown calibration images": row(
+        nothing,
+        "export run --int8 --calibration-images test",
+        "--calibration-images 'test'",
+        "use auto, clean, adversarial, mixed",
+        code=USAGE,
+    ),
+    "static batch of none": row(nothing, "export run --static 0", "'--static'", code=USAGE),
+    "batch and static": row(
+        nothing, "export run --batch 1:2:4 --static 2", "contradict each other", code=USAGE
+    ),
+    "drop above all": row(
+        nothing, "export run --max-robust-drop 2", "'--max-robust-drop'", code=USAGE
+    ),
+    "too few images to compare": row(nothing, "export run --samples 9", "'--samples'", code=USAGE),
     "nonsense dtype": row(
         nothing, f"{TRAIN} --dtype int3", "--dtype 'int3'", "float32, bfloat16", code=USAGE
     ),
@@ -837,14 +878,14 @@ TARGETS = {
     "source of a run": row(
         nothing,
         f"{VERIFY} --source run",
-        "--source is for ONNX files",
+        "--source is for exported files",
         "run is not one",
         code=USAGE,
     ),
     "source of weights": row(
         nothing,
         "verify teacher.safetensors --source run --data digits",
-        "--source is for ONNX files",
+        "--source is for exported files",
         code=USAGE,
     ),
     "file that is not there": row(nothing, FILE, "teacher.onnx does not exist", "check the path"),

@@ -12,11 +12,13 @@ from onnx import TensorProto, helper  # noqa: TID253
 
 import cli.main
 import exporters.benchmark_report
+import exporters.peak_memory
 from compressor.errors import ExitCode
 from compressor.networks import NetworkSpec, build_classifier, save_classifier
-from compressor.reports.pareto import read_benchmark
+from compressor.reports.benchmark import read_benchmark
 from compressor.reports.report import TargetFacts, write_report
 from compressor.weights import sha256_of_file
+from tests.unit.pretended_providers import Pretended
 
 QUICK = "--threads 1 --rounds 2 --seconds 0.002"
 FACTS = """class_names teachers training_content_sha256 num_training num_validation
@@ -53,7 +55,7 @@ def folder(tmp_path, monkeypatch, make_report):
     """A run with two exports, verified but for one; files of other kinds. No process is started."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
-        exporters.benchmark_report, "_peak_kib", lambda source, *_: 2048 if source else 1024
+        exporters.peak_memory, "_peak_kib", lambda source, *_, **__: 2048 if source else 1024
     )
     run = Path("mine")
     run.mkdir()
@@ -75,8 +77,23 @@ def folder(tmp_path, monkeypatch, make_report):
     save_onnx(Path("open.onnx"), size=(3, "height", "width"))
     Path("not.onnx").write_bytes(b"PK\x03\x04 some other kind of file")
     Path("empty.onnx").write_bytes(b"")
+    Path("x.engine").write_bytes(b"a program")
     Path("folder").mkdir()
     return tmp_path
+
+
+@pytest.fixture
+def engine(folder):
+    """An engine in the run, with a sidecar for which somebody may vouch; its hash."""
+    exports = Path("mine/exports")
+    (exports / "model.int8.engine").write_bytes(b"a program")
+    table = {
+        "engine": {"sha256": sha256_of_file(exports / "model.int8.engine")},
+        "onnx": {"file": "model.int8.onnx", "sha256": sha256_of_file(exports / "model.int8.onnx")},
+        "tensorrt": {"flavour": "no such flavour"},
+    }
+    (exports / "model.int8.engine.json").write_text(json.dumps(table))
+    return sha256_of_file(exports / "model.int8.engine.json")
 
 
 def call(line):
@@ -179,6 +196,62 @@ def test_a_report_can_be_given(folder, capsys, make_report):
     assert "Next: xdg-open mine/bench.svg" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("is_trusted", [False, True])
+def test_an_engine_that_cannot_be_run_is_a_row_with_the_reason(is_trusted, engine, capsys):
+    given = f"--manifest-sha256 {engine.upper()}" if is_trusted else ""
+    assert call(f"bench mine {QUICK} --batch-sizes 1,2 {given}") == 0
+    out = words(capsys.readouterr().out)
+    assert "6 measurements of 0.002 s, then memory of 3 targets" in out
+    assert out.count("model.int8.engine not measured - - - -") == 1
+    said = "flavour 'no such flavour' is not known" if is_trusted else "not trusted; give the SHA-"
+    assert f"Not measured: model.int8.engine, {said}" in out
+    assert "Next: robust-compress verify mine/exports/model.int8.onnx --source mine" in out
+    assert "| model.int8.engine | 9 | - | not measured |" in Path("mine/bench.md").read_text()
+    row = read_benchmark(Path("mine/bench.json")).targets[-1]
+    assert (row.kind, row.timings, row.peak_memory_mib) == ("engine", (), None)
+
+
+def test_an_engine_that_cannot_be_run_is_not_to_be_verified(engine, capsys, make_report):
+    for name in ("model.int8.onnx", "model.fp32.onnx"):
+        sha256 = sha256_of_file(Path("mine/exports", name))
+        target = TargetFacts(kind="onnx", architecture="x", sha256=sha256, source_sha256=None)
+        write_report(make_report(target=target), Path(f"mine/report-{name}.json"))
+    assert call(f"bench mine {QUICK} --batch-sizes 1") == 0
+    assert "Next: xdg-open mine/bench.svg" in capsys.readouterr().out
+
+
+def test_the_next_command_for_a_network_names_its_run(folder, capsys):
+    Path("mine/report.json").unlink()
+    assert call(f"bench mine {QUICK} --batch-sizes 1") == 0
+    assert capsys.readouterr().out.rstrip().endswith("Next: robust-compress verify mine")
+
+
+def test_the_next_command_names_the_provider(folder, capsys, monkeypatch):
+    Pretended(monkeypatch)
+    assert call(f"bench mine {QUICK} --batch-sizes 1 --provider cuda") == 0
+    out = capsys.readouterr().out
+    assert out.rstrip().endswith("--source mine --provider cuda")
+    assert "ONNX Runtime, CUDA, CPU: model.fp32.onnx, model.int8.onnx" in words(out)
+
+
+def test_nothing_is_written_into_a_bundle(folder, capsys):
+    kit = Path("bundle/kit")
+    path = save_onnx(kit / "model.fp32.onnx")
+    row = {"file": path.name, "sha256": sha256_of_file(path), "precision": "fp32"}
+    row |= {"tolerance": 0.1, "min_agreement": 0.9}
+    table = {"schema_version": 1, "models": [row], "build": {}, "files": {}}
+    (kit / "kit.json").write_text(json.dumps(table))
+    Path("bundle/manifest.json").write_text("{}")
+    before = files_below(Path("bundle"))
+    assert call(f"bench bundle {QUICK} --batch-sizes 1") == 0
+    assert call(f"bench bundle/kit {QUICK} --batch-sizes 1") == 0
+    assert files_below(Path("bundle")) == before
+    for name in ("bundle", "kit"):
+        (target,) = read_benchmark(Path(f"runs/bench-{name}/bench.json")).targets
+        assert target.sha256 == row["sha256"]
+
+
+HASH = "0123456789abcdef" * 4
 BAD = {
     "no target": ("", 2, "Missing argument 'TARGET...'"),
     "a file that is not there": ("nowhere.onnx", 4, "nowhere.onnx does not exist; check the path"),
@@ -206,6 +279,17 @@ BAD = {
     "no report": ("mine --report nowhere.json", 2, "nowhere.json does not exist"),
     "not a report": ("mine --report mine/run.json", 4, "run.json is not a report of schema"),
     "of another": ("fixed.onnx --report mine/report.json", 2, "which none of the targets has"),
+    "an engine alone": ("x.engine", 4, "x.engine is a program"),
+    "an engine without a sidecar": (
+        f"x.engine --manifest-sha256 {HASH}",
+        4,
+        "x.engine.json cannot",
+    ),
+    "a hash of nothing": (f"fixed.onnx --manifest-sha256 {HASH}", 2, "is that of no engine here"),
+    "not a hash": ("mine --manifest-sha256 abc", 2, "--manifest-sha256 'abc' is not a SHA-256"),
+    "no such provider": ("mine --provider gpu", 2, "'gpu' is not one of cpu, cuda, tensorrt"),
+    "a provider that is not here": ("mine --provider cuda", 4, "pip install onnxruntime-gpu"),
+    "a provider for weights": ("mine/model.safetensors --provider cuda", 2, "no target is one"),
     "out is a file": ("mine --out not.onnx", 4, "not.onnx cannot be written to"),
     "out below a file": ("mine --out not.onnx/x", 4, "not.onnx cannot be written to"),
 }

@@ -62,10 +62,17 @@ OPTIONS = {
     "distill": f"""RECIPE_PATH --data --clean-teacher --robust-teacher --student {TRAINING}
         --accept-teachers --verify --no-verify --export --no-export""",
     "verify": """TARGET --source --data --attacks --mode --epsilon --norm --samples --max-seconds
-        --batch-size --seed --out --device --dtype --threads --json --help""",
+        --batch-size --seed --out --device --dtype --threads --provider --manifest-sha256
+        --public-key --json --help""",
     "gate": """TARGET --policy --baseline --inconclusive --out --junit --sarif --summary --live
         --samples --max-seconds --data --device --threads --plan --assume --json --help""",
-    "export": "RUN_PATH --format --data --json --help",
+    "export": """RUN_PATH --format --precision --trt --half --int8 --batch --static --opset
+        --uint8-input --calibration-method --calibration-images --calibration-samples --keep-float
+        --max-robust-drop --max-clean-drop --samples --qat --workspace-mib --optimization-level
+        --tf32 --version-compatible --hardware-compatible --compute-capability --timing-cache
+        --bundle --signing-key --data --dry-run --threads --json --help""",
+    "bench": """TARGETS --batch-sizes --threads --rounds --seconds --report --image-shape --provider
+        --manifest-sha256 --out --json --help""",
     "doctor": "--json --help",
     "teacher": "--help",
     "teacher train": f"RECIPE_PATH --role --data {TRAINING}",
@@ -247,7 +254,8 @@ JSON_RESULTS = {
         {"schema_version", "verdict", "exit_code", "rules", "checks", "num_images"},
     ),
     "gate, planned": (("gate", "--policy", "gate.toml", "--plan"), {"rules", "cost_per_image"}),
-    "export": (("export", "run"), {"path", "sha256", "verification"}),
+    "export": (("export", "run", "--samples", "50", *ONE_THREAD), {"files"}),
+    "export, planned": (("export", "run", "--half", "--dry-run"), {"would_write", "formats"}),
 }
 
 

@@ -22,11 +22,14 @@ from compressor.onnx_model import load_onnx_model
 from compressor.performance_settings import PerformanceSettings
 from compressor.recipe import DataRecipe
 from compressor.run_directory import RunDirectory
+from compressor.verification.artefact import compared_images
 from compressor.verification.rows import cost_rows
 from compressor.verification.target import load_target, open_target, refuse_other_source
 from compressor.weights import sha256_of_file
 from exporters.request import ExportRequest
+from exporters.to_int8 import calibrate, write_int8
 from exporters.workflow import export_run
+from tests.onnx_files import linear_model, value, without_twin
 
 SETTINGS = PerformanceSettings(device="cpu", training_dtype="float32", num_threads=1)
 STUDENT = {"architecture": "tiny", "width": 0.5}
@@ -59,20 +62,13 @@ def copy(run, tmp_path):
 
 
 def linear_file(path, *, num_classes=10, side=8):
-    """A linear map from grey images to logits."""
-    import onnx
-    from onnx import TensorProto, helper, numpy_helper
-
-    weight = numpy_helper.from_array(torch.zeros(side * side, num_classes).numpy(), "weight")
-    nodes = [
-        helper.make_node("Flatten", ["images"], ["flat"]),
-        helper.make_node("MatMul", ["flat", "weight"], ["logits"]),
-    ]
-    images = helper.make_tensor_value_info("images", TensorProto.FLOAT, ["N", 1, side, side])
-    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["N", num_classes])
-    graph = helper.make_graph(nodes, "linear", [images], [logits], [weight])
-    opset = helper.make_opsetid("", 20)
-    onnx.save(helper.make_model(graph, opset_imports=[opset], ir_version=10), path)
+    """A map from grey images to logits that are all 0."""
+    weight = torch.zeros(side * side, num_classes).numpy()
+    shapes = {
+        "inputs": [value("images", ["N", 1, side, side])],
+        "outputs": [value("logits", ["N", num_classes])],
+    }
+    path.write_bytes(linear_model(weight=weight, **shapes).SerializeToString())
     return str(path)
 
 
@@ -153,18 +149,84 @@ def test_a_file_with_the_run_it_came_from_needs_no_data(run):
     assert target.run.path == run.path
 
 
-def test_a_file_alone_has_nothing_to_differentiate(run, split):
-    model = load_target(open_target(str(run.onnx("fp32")), source=None), split)
+@pytest.fixture
+def far(run, tmp_path):
+    """The exported file, far from its run."""
+    return shutil.copy(run.onnx("fp32"), tmp_path / "far.onnx")
+
+
+def test_a_file_alone_is_differentiated_by_its_twin(run, far, split):
+    model = load_target(open_target(str(far), source=None), split)
     assert (model.network, model.spec, model.facts.source_sha256) == (None, None, None)
-    assert model.facts.kind == "onnx"
+    assert (model.facts.kind, model.rounds) == ("onnx", False)
+    assert model.differentiable is model.twin.module is not None
+    assert (model.twin.agreement.num_correct, model.twin.agreement.num_total) == (20, 20)
+    torch.testing.assert_close(answers(model.differentiable, split), answers(model.file, split))
+
+
+def test_a_file_alone_without_a_twin_has_nothing_to_differentiate(far, split, tmp_path):
+    file = without_twin(far, tmp_path / "opaque.onnx")
+    model = load_target(open_target(str(file), source=None), split)
+    assert (model.network, model.twin.module, model.differentiable) == (None, None, None)
+    assert model.twin.reason == (
+        "it has no differentiable twin (it has operators without a derivative here: Sum)"
+    )
+
+
+def test_a_file_without_a_twin_is_differentiated_by_its_source(run, far, split, tmp_path):
+    file = without_twin(far, tmp_path / "opaque.onnx")
+    model = load_target(open_target(str(file), source=str(run.path)), split)
+    assert model.twin.module is None
+    assert model.differentiable is model.network is not None
+
+
+def test_a_file_in_the_exports_of_its_run_finds_it(run, split):
+    """Whatever it is called there; so its gradients and its images need not be pointed at."""
+    for path in (run.onnx("fp32"), Path(shutil.copy(run.onnx("fp32"), run.exports / "mine.onnx"))):
+        target = open_target(str(path), source=None)
+        assert (target.run.path, target.data_recipe(None).source) == (run.path, "digits")
+        assert load_target(target, split).facts.source_sha256 == sha256_of_file(run.model)
+    path.unlink()
+
+
+@pytest.mark.parametrize("change", ["other weights", "no name", "no run", "elsewhere"])
+def test_a_file_finds_no_run_that_it_is_not_from(copy, change, tmp_path):
+    """It would be believed to be as robust as a stranger."""
+    path = copy.onnx("fp32")
+    if change == "other weights":
+        facts = json.loads(copy.facts.read_text())
+        copy.facts.write_text(json.dumps(facts | {"model_sha256": "0" * 64}))
+    elif change == "no name":
+        path.write_bytes(linear_model().SerializeToString())
+    elif change == "no run":
+        copy.facts.unlink()
+    else:
+        (copy.path / "others").mkdir()
+        path = path.rename(copy.path / "others/model.fp32.onnx")
+    target = open_target(str(path), source=None)
+    assert (target.run, target.source) == (None, None)
+
+
+def test_a_file_that_rounds_is_told_from_one_that_does_not(run, split, tmp_path):
+    """What is found on the source is then tried on it as well."""
+    source = {"source": str(run.path)}
+    exact = load_target(open_target(str(run.onnx("fp32")), **source), split)
+    coarse = tmp_path / "coarse.onnx"
+    generator = torch.Generator().manual_seed(0)
+    images = (torch.rand(8, *split.image_shape, generator=generator).numpy() for _ in range(2))
+    ranges = calibrate(run.onnx("fp32"), images, method="minmax")
+    write_int8(run.onnx("fp32"), coarse, ranges, metadata=exact.file.metadata)
+    rounded = load_target(open_target(str(coarse), **source), split)
+    assert (exact.rounds, rounded.rounds) == (False, True)
+    assert rounded.twin.module is not None
 
 
 # What is refused
 
 
 @pytest.mark.parametrize("kind", ["weights", "file"])
-def test_what_is_no_run_needs_data(run, weights, kind):
-    path = {"weights": weights, "file": run.onnx("fp32")}[kind]
+def test_what_is_no_run_needs_data(weights, far, kind):
+    path = {"weights": weights, "file": far}[kind]
     target = open_target(str(path), source=None)
     with pytest.raises(UsageError, match="give them with --data, for example --data imagefolder"):
         target.data_recipe(None)
@@ -174,7 +236,7 @@ def test_what_is_no_run_needs_data(run, weights, kind):
 @pytest.mark.parametrize("kind", ["run", "weights"])
 def test_a_source_is_for_files_only(run, weights, kind):
     path = {"run": run.path, "weights": weights}[kind]
-    with pytest.raises(UsageError, match=f"--source is for ONNX files.*; {path} is not one"):
+    with pytest.raises(UsageError, match=f"--source is for exported files; {path} is not one"):
         open_target(str(path), source=str(run.path))
 
 
@@ -209,14 +271,15 @@ def test_a_file_is_compared_with_its_source_a_few_images_at_a_time(tmp_path, num
     split = load_test_split(
         recipe, settings=SETTINGS, device=torch.device("cpu"), num_images=num_images
     )
-    onnx, num_compared = load_onnx_model(Path(linear_file(tmp_path / "x.onnx"))), sum(sizes)
+    file, num_compared = load_onnx_model(Path(linear_file(tmp_path / "x.onnx"))), sum(sizes)
+    images = compared_images(split)
     source = OtherSource(num_others=num_compared // 10)
-    refuse_other_source(onnx, source, split, source_sha256="0")
+    refuse_other_source(file, source, images, source_sha256="0")
     assert source.sizes == sizes
     source = OtherSource(num_others=num_compared // 10 + 1)
     same = f"{num_compared - source.num_others} of {num_compared}"
     with pytest.raises(ArtefactMismatchError, match=f"{same}.* test images, fewer than 90 %"):
-        refuse_other_source(onnx, source, split, source_sha256="0")
+        refuse_other_source(file, source, images, source_sha256="0")
 
 
 def test_a_file_answers_with_as_many_threads_as_the_process(run):
@@ -224,10 +287,10 @@ def test_a_file_answers_with_as_many_threads_as_the_process(run):
     for num_threads in (1, 2):
         torch.set_num_threads(num_threads)
         try:
-            onnx = open_target(str(run.onnx("fp32")), source=None).onnx
+            file = open_target(str(run.onnx("fp32")), source=None).file
         finally:
             torch.set_num_threads(1)
-        assert onnx.session.get_session_options().intra_op_num_threads == num_threads
+        assert file.session.get_session_options().intra_op_num_threads == num_threads
 
 
 def test_a_source_without_a_gradient_is_none(run, split, tmp_path):

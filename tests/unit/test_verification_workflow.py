@@ -5,6 +5,7 @@ import json
 import shutil
 from dataclasses import dataclass, replace
 from itertools import product
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -27,6 +28,7 @@ from compressor.errors import (
     UsageError,
 )
 from compressor.losses import dlr
+from compressor.onnx_model import load_onnx_model
 from compressor.performance_settings import PerformanceSettings
 from compressor.recipe import DataRecipe
 from compressor.recipe_file import parse_recipe
@@ -42,8 +44,11 @@ from compressor.verification.verification import Verification, attack_chunks
 from compressor.verification_workflow import conclude, verify
 from compressor.weights import sha256_of_file
 from exporters.request import ExportRequest
+from exporters.to_int8 import calibrate, write_int8
 from exporters.workflow import export_run
+from tests.onnx_files import appended, constant, without_twin
 
+EPSILON = 48 / 255
 SETTINGS = PerformanceSettings(device="cpu", training_dtype="float32", num_threads=1)
 SOME = ("fgsm", "pgd_sat", "apgd_ce")
 
@@ -61,6 +66,12 @@ def run(tmp_path_factory, train_on_digits):
 def copy(run, tmp_path):
     """A run of one's own."""
     return RunDirectory(shutil.copytree(run.path, tmp_path / "copy"))
+
+
+@pytest.fixture
+def far(run, tmp_path):
+    """The exported file, far from its run."""
+    return Path(shutil.copy(run.onnx("fp32"), tmp_path / "far.onnx"))
 
 
 @pytest.fixture
@@ -316,14 +327,14 @@ def test_another_verification_has_another_journal(run, tmp_path, change):
     assert len(names_in(tmp_path)) == 2
 
 
-def test_another_model_has_another_journal(run, copy, tmp_path):
+def test_another_model_has_another_journal(run, far, copy, tmp_path):
     weights = shutil.copy(run.model, tmp_path / "weights.safetensors")
     out = tmp_path / "out"
     for target, source in (
         (run.path, None),
         (weights, None),
         (run.onnx("fp32"), run.path),
-        (run.onnx("fp32"), None),
+        (far, None),
     ):
         source = None if source is None else str(source)
         prepare(request_for(target, source=source, data_source="digits", folder=out)).journal()
@@ -558,12 +569,19 @@ def test_a_report_that_cannot_be_read_is_moved_aside(run, tmp_path, quick, text)
     assert files.labelled("unreadable").json.read_text() == text
 
 
-def test_a_file_without_its_source_does_not_replace_a_verified_report(run, tmp_path, quick):
-    source = {"source": str(run.path)}
-    verify(request_for(run.onnx("fp32"), folder=tmp_path, **source))
-    before = contents_of(tmp_path)
-    verify(request_for(run.onnx("fp32"), folder=tmp_path, data_source="digits"))
-    assert kept(before, tmp_path)
+@pytest.mark.parametrize("has_twin", [True, False])
+def test_a_file_without_its_source_does_not_replace_a_verified_report(
+    run, far, tmp_path, quick, has_twin
+):
+    """It may be moved aside: what was not made on a source is another verification."""
+    file = far if has_twin else without_twin(far, tmp_path / "opaque.onnx")
+    folder = tmp_path / "reports"
+    assert verify(request_for(file, folder=folder, source=str(run.path)))[0].status == "verified"
+    before = contents_of(folder)
+    alone, _ = verify(request_for(file, folder=folder, data_source="digits"))
+    assert alone.status == ("verified" if has_twin else "unverified")
+    assert {*before.values()} <= {*contents_of(folder).values()}
+    assert has_twin or kept(before, folder)
 
 
 def test_a_verification_that_ended_early_does_not_replace_a_complete_one(
@@ -591,20 +609,14 @@ def paths_of(files):
 # Files of ONNX
 
 
-def shifted_file(run, path, *, answer=3):
+def shifted_file(run, path, *, answer=3, op="Add"):
     """The exported file, but for a bias that makes it answer this whatever it is shown."""
     import onnx
-    from onnx import helper, numpy_helper
 
-    model = onnx.load(run.onnx("fp32"))
-    name = model.graph.output[0].name
-    for node in model.graph.node:
-        node.output[:] = ["before" if output == name else output for output in node.output]
     bias = torch.zeros(10)
     bias[answer] = 1000
-    model.graph.initializer.append(numpy_helper.from_array(bias.numpy(), "shift"))
-    model.graph.node.append(helper.make_node("Add", ["before", "shift"], [name]))
-    onnx.save(model, path)
+    shift = constant("shift", bias.numpy())
+    onnx.save(appended(onnx.load(run.onnx("fp32")), op, constants=[shift]), path)
     return path
 
 
@@ -612,7 +624,7 @@ def shifted_file(run, path, *, answer=3):
 def test_the_file_judges_what_was_found_on_its_source(run, tmp_path, quick, mode, monkeypatch):
     """A file that answers 3 to everything is right on every 3, whatever the source thinks."""
     monkeypatch.setattr("compressor.verification.target.MIN_AGREEMENT", 0.0)
-    file = shifted_file(run, tmp_path / "shifted.onnx")
+    file = shifted_file(run, tmp_path / "shifted.onnx", op="Sum")  # which has no twin
     request = request_for(file, source=str(run.path), folder=tmp_path / "out", mode=mode)
     report, files = verify(request)
     threes = [label == 3 for label in report.samples.label]
@@ -636,7 +648,7 @@ def test_a_file_that_answers_otherwise_is_refused(run, tmp_path):
 
 def test_a_file_is_compared_on_images_of_all_classes(run, tmp_path, monkeypatch):
     """The first images of a folder are all of the first class, where this one is right."""
-    monkeypatch.setattr("compressor.verification.target.NUM_COMPARED_IMAGES", 20)
+    monkeypatch.setattr("compressor.verification.artefact.NUM_COMPARED_IMAGES", 20)
     source = digits_folder(tmp_path / "digits", num_of_each=lambda _: 30)
     file = shifted_file(run, tmp_path / "shifted.onnx", answer=0)
     request = request_for(file, source=str(run.path), data_source=source, num_images=None)
@@ -656,11 +668,83 @@ def test_a_true_file_is_as_fragile_as_its_source(run, tmp_path, quick, mode):
     assert files.folder == tmp_path / "x"
 
 
-def test_a_file_alone_is_unverified_and_has_no_worst_case(run, tmp_path):
-    request = request_for(run.onnx("fp32"), data_source="digits", folder=tmp_path)
+def test_a_file_alone_is_as_fragile_as_its_run(run, far, tmp_path, quick):
+    """Its twin has the gradients of the network that it was exported from."""
+    of_run, _ = verify(request_for(run.path, folder=tmp_path / "run"))
+    request = request_for(far, folder=tmp_path, data_source="digits", epsilon_pixels=EPSILON)
+    of_file, files = verify(request)
+    assert of_file.status == "verified"
+    assert (of_file.clean, of_file.worst_case) == (of_run.clean, of_run.worst_case)
+    assert of_file.samples == of_run.samples
+    assert of_file.artefact.attacked_through == "twin"
+    assert of_file.artefact.twin.startswith(
+        "its differentiable twin gives its label on 100.00 % (40 of 40) test images"
+    )
+    assert of_file.artefact.twin[1:] in files.markdown.read_text()
+    assert "transfer" not in {row.name for row in of_file.attacks}
+    assert of_run.artefact is None
+
+
+def test_a_file_without_a_twin_is_attacked_through_its_source(run, far, tmp_path, quick):
+    file = without_twin(far, tmp_path / "opaque.onnx")
+    report, _ = verify(request_for(file, source=str(run.path), folder=tmp_path))
+    of_run, _ = verify(request_for(run.path, folder=tmp_path / "run"))
+    assert (report.status, report.artefact.attacked_through) == ("verified", "source")
+    assert report.samples == of_run.samples
+
+
+def test_a_file_that_rounds_is_also_attacked_from_its_source(run, tmp_path, quick):
+    """After its own gradients, and before what needs none."""
+    file = rounded_file(run, tmp_path / "rounded.onnx")
+    attacks = ("square", "pgd_sat", "apgd_ce")
+    request = request_for(file, source=str(run.path), folder=tmp_path, attacks=attacks)
     report, files = verify(request)
+    assert [row.name for row in report.attacks] == ["pgd_sat", "apgd_ce", "transfer", "square"]
+    facts = report.artefact
+    assert facts.attacked_through == "twin"
+    assert facts.transfer.num_total == facts.source.num_total == 40
+    assert facts.transfer.num_correct >= report.worst_case.num_correct
+    assert not facts.gradients_are_masked
+    assert facts.masking.startswith("no sign of masked gradients: ")
+    assert facts.masking[1:] in files.markdown.read_text()
+
+
+def test_a_file_that_masks_its_gradients_is_said_to(run, tmp_path, quick, monkeypatch):
+    """Images of its source do nothing to it, which would flatter; its own twin breaks it."""
+    monkeypatch.setattr("compressor.verification.artefact._MASKED_P_VALUE", 0.5)
+    moved = Transfer.search
+
+    def useless(attack, model, x_NCHW, y_N, **options):
+        found = moved(attack, model, x_NCHW, y_N, **options)
+        return replace(found, x_adv_NCHW=x_NCHW.clone())
+
+    monkeypatch.setattr(Transfer, "search", useless)
+    file = rounded_file(run, tmp_path / "rounded.onnx")
+    request = request_for(file, source=str(run.path), folder=tmp_path, attacks=("transfer",))
+    report, _ = verify(replace(request, attacks=("fgsm", "transfer")))
+    facts = report.artefact
+    assert facts.gradients_are_masked
+    assert facts.transfer.num_correct > facts.source.num_correct
+    assert facts.masking.startswith("gradients are masked: ")
+
+
+def rounded_file(run, path):
+    """The exported file in 8 bits."""
+    model = load_onnx_model(run.onnx("fp32"))
+    generator = torch.Generator().manual_seed(0)
+    images = (torch.rand(16, 1, 8, 8, generator=generator).numpy() for _ in range(2))
+    ranges = calibrate(run.onnx("fp32"), images, method="minmax")
+    write_int8(run.onnx("fp32"), path, ranges, metadata=model.metadata)
+    return path
+
+
+def test_a_file_alone_without_a_twin_is_unverified_and_has_no_worst_case(run, far, tmp_path):
+    file = without_twin(far, tmp_path / "opaque.onnx")
+    report, files = verify(request_for(file, data_source="digits", folder=tmp_path))
     assert report.status == "unverified"
-    assert report.status_reason.startswith("an ONNX file has no gradient")
+    assert report.status_reason.startswith(
+        "no white-box attack was possible, because it has no differentiable twin"
+    )
     assert report.status_reason.endswith("with --source")
     assert (report.worst_case, report.attacks, report.curve) == (None, (), ())
     assert (report.eight_bit, report.validity, report.cost) == (None, (), ())

@@ -21,7 +21,9 @@ from compressor.reports.report import ValidityRow, read_report
 from compressor.verification.progress import StageProgress, VerificationProgress
 from compressor.verification.request import VerificationRequest
 from compressor.verification_workflow import verify
+from exporters.request import ExportRequest
 from exporters.workflow import export_run
+from tests.onnx_files import without_twin
 
 SETTINGS = PerformanceSettings(device="cpu", training_dtype="float32", num_threads=1)
 ALARM = ValidityRow(
@@ -40,7 +42,8 @@ QUICK = "--samples 30 --threads 1"
 def materials(tmp_path_factory, train_on_digits):
     folder = tmp_path_factory.mktemp("materials")
     run = train_on_digits(folder / "run", name="mine", threat={"epsilon_pixels": "48/255"})
-    export_run(run, settings=SETTINGS)
+    export_run(ExportRequest(run=run, settings=SETTINGS))
+    without_twin(run.onnx("fp32"), folder / "opaque.onnx")
     request = VerificationRequest(
         target=str(run.path), settings=SETTINGS, folder=folder / "expected"
     )
@@ -50,12 +53,14 @@ def materials(tmp_path_factory, train_on_digits):
 
 @pytest.fixture
 def folder(materials, tmp_path, monkeypatch):
-    """Where commands run: a run with its export, and its weights by themselves.
+    """Where commands run: a run with its export, and what is made of it by itself.
 
     Neither latencies, nor other radii, nor figures are made.
     """
     shutil.copytree(materials / "run", tmp_path / "run")
     shutil.copy(materials / "run/model.safetensors", tmp_path / "weights.safetensors")
+    shutil.copy(materials / "run/exports/model.fp32.onnx", tmp_path / "far.onnx")
+    shutil.copy(materials / "opaque.onnx", tmp_path)
     monkeypatch.chdir(tmp_path)
     workflow = "compressor.verification_workflow"
     monkeypatch.setattr(f"{workflow}.cost_rows", lambda *_: ())
@@ -144,10 +149,17 @@ ENDS = {
     ),
     "file alone": (
         nothing,
-        f"{FILE} --data digits",
+        f"far.onnx --data digits {SOME}",
+        0,
+        "VERIFIED, ",
+        r"robust-compress gate runs/verify-far-\w+/report-30-fgsm-pgd_sat\.json --policy .*",
+    ),
+    "file alone, without a twin": (
+        nothing,
+        "opaque.onnx --data digits",
         7,
-        "UNVERIFIED: an ONNX file has no gradient",
-        f"robust-compress verify {re.escape(FILE)} --source RUN",
+        "UNVERIFIED: no white-box attack was possible, because it has no differentiable twin",
+        r"robust-compress verify opaque\.onnx --source RUN",
     ),
     "black box alone": (
         nothing,
@@ -240,8 +252,8 @@ def test_the_same_command_goes_on_after_an_interruption(folder, capsys):
 # What is shown
 
 
-def test_a_file_alone_shows_no_worst_case_anywhere(folder, capsys):
-    assert call(f"verify {FILE} --data digits {QUICK} --out alone") == 7
+def test_a_file_without_a_gradient_shows_no_worst_case_anywhere(folder, capsys):
+    assert call(f"verify opaque.onnx --data digits {QUICK} --out alone") == 7
     out = capsys.readouterr().out
     texts = {path.name: path.read_text() for path in Path("alone").iterdir()}
     reports = {f"report-30-clean.{extension}" for extension in ("json", "md", "html")}
@@ -288,6 +300,8 @@ TARGETS = {
         "weights",
     ),
     "file with its run": (f"{FILE} --source run", "runs/verify-model.fp32-*", "onnx"),
+    "file in its run": (FILE, "runs/verify-model.fp32-*", "onnx"),
+    "file alone": ("far.onnx --data digits", "runs/verify-far-*", "onnx"),
     "file with weights": (
         f"{FILE} --source weights.safetensors --data digits",
         "runs/verify-model.fp32-*",
@@ -308,7 +322,8 @@ def test_every_kind_of_target(materials, folder, capsys, arguments, out, kind):
     assert report.samples == of_run.samples
     hashes = {of_run.target.sha256}
     if kind == "onnx":
-        assert {report.target.source_sha256} == hashes
+        is_alone = arguments.startswith("far")
+        assert {report.target.source_sha256} == ({None} if is_alone else hashes)
         assert report.target.sha256 not in hashes
     else:
         assert {report.target.sha256} == hashes
