@@ -9,6 +9,9 @@ import typer
 from cli.options import JsonOption, MovedDataOption, RunArgument, ThreadsOption
 from cli.output import Output
 
+_INT8, _PROOF = "int8", "What a file must show"
+_ENGINES, _BUNDLE = "Engines", "Bundle"
+
 
 def export(
     run_path: RunArgument,
@@ -25,7 +28,11 @@ def export(
     int8: Annotated[bool, typer.Option("--int8", help="--precision int8.")] = False,
     batch: Annotated[
         str | None,
-        typer.Option(metavar="MIN:OPT:MAX", help="Batch sizes of an engine [default: 1:8:32]."),
+        typer.Option(
+            metavar="MIN:OPT:MAX",
+            help="Batch sizes of an engine [default: 1:8:32].",
+            rich_help_panel=_ENGINES,
+        ),
     ] = None,
     static: Annotated[
         int | None, typer.Option("--static", min=1, help="The only batch size [default: any].")
@@ -35,64 +42,127 @@ def export(
         bool, typer.Option("--uint8-input", help="Take bytes from 0 to 255 as pixels.")
     ] = False,
     calibration_method: Annotated[
-        str, typer.Option(metavar="NAME", help="minmax, entropy or percentile.")
+        str,
+        typer.Option(metavar="NAME", help="minmax, entropy or percentile.", rich_help_panel=_INT8),
     ] = "minmax",
     calibration_images: Annotated[
         str,
-        typer.Option(metavar="KIND", help="clean, adversarial, mixed, or auto: measure it."),
+        typer.Option(
+            metavar="KIND",
+            help="clean, adversarial, mixed, or auto: measure it.",
+            rich_help_panel=_INT8,
+        ),
     ] = "auto",
     calibration_samples: Annotated[
-        int, typer.Option(min=1, help="Training images that int8 is calibrated with.")
+        int,
+        typer.Option(
+            min=1, help="Training images that int8 is calibrated with.", rich_help_panel=_INT8
+        ),
     ] = 512,
     keep_float: Annotated[
-        int, typer.Option(min=0, metavar="N", help="Layers to leave out of int8 in any case.")
+        int,
+        typer.Option(
+            min=0,
+            metavar="N",
+            help="Layers to leave out of int8 in any case.",
+            rich_help_panel=_INT8,
+        ),
     ] = 0,
     max_robust_drop: Annotated[
         float,
         typer.Option(
-            min=0, max=1, help="Of accuracy under attack; one point is 0.01. Exceeded: exit 3."
+            min=0,
+            max=1,
+            help="Of accuracy under attack; one point is 0.01. Exceeded: exit 3.",
+            rich_help_panel=_PROOF,
         ),
     ] = 0.01,
     max_clean_drop: Annotated[
-        float, typer.Option(min=0, max=1, help="Of clean accuracy, likewise.")
+        float,
+        typer.Option(min=0, max=1, help="Of clean accuracy, likewise.", rich_help_panel=_PROOF),
     ] = 0.02,
     samples: Annotated[
-        int, typer.Option(min=10, help="Held-out images on which files are compared.")
+        int,
+        typer.Option(
+            min=10, help="Held-out images on which files are compared.", rich_help_panel=_PROOF
+        ),
     ] = 500,
     qat: Annotated[
         int,
         typer.Option(
-            "--qat", min=0, metavar="EPOCHS", help="Fine-tune the rounded network so long; int8."
+            "--qat",
+            min=0,
+            metavar="EPOCHS",
+            help="Fine-tune the rounded network so long; int8.",
+            rich_help_panel=_INT8,
         ),
     ] = 0,
     workspace_mib: Annotated[
-        int, typer.Option(min=1, help="Memory that one layer of an engine may use.")
+        int,
+        typer.Option(
+            min=1, help="Memory that one layer of an engine may use.", rich_help_panel=_ENGINES
+        ),
     ] = 1024,
     optimization_level: Annotated[
-        int, typer.Option(min=0, max=5, help="Of an engine: 0 builds fast, 5 searches long.")
+        int,
+        typer.Option(
+            min=0,
+            max=5,
+            help="Of an engine: 0 builds fast, 5 searches long.",
+            rich_help_panel=_ENGINES,
+        ),
     ] = 3,
     tf32: Annotated[
-        bool, typer.Option("--tf32", help="Engines may shorten float32 factors to 10 bits.")
+        bool,
+        typer.Option(
+            "--tf32",
+            help="Engines may shorten float32 factors to 10 bits.",
+            rich_help_panel=_ENGINES,
+        ),
     ] = False,
     version_compatible: Annotated[
-        bool, typer.Option("--version-compatible", help="Engines also for later TensorRT.")
+        bool,
+        typer.Option(
+            "--version-compatible",
+            help="Engines also for later TensorRT.",
+            rich_help_panel=_ENGINES,
+        ),
     ] = False,
     hardware_compatible: Annotated[
-        bool, typer.Option("--hardware-compatible", help="Engines for every GPU since Ampere.")
+        bool,
+        typer.Option(
+            "--hardware-compatible",
+            help="Engines for every GPU since Ampere.",
+            rich_help_panel=_ENGINES,
+        ),
     ] = False,
     compute_capability: Annotated[
         list[str] | None,
-        typer.Option(metavar="SM89", help="TensorRT-RTX: a GPU to build for; repeatable."),
+        typer.Option(
+            metavar="SM89",
+            help="TensorRT-RTX: a GPU to build for; repeatable.",
+            rich_help_panel=_ENGINES,
+        ),
     ] = None,
     timing_cache: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="TensorRT: makes the next build fast.")
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="TensorRT: makes the next build fast.", rich_help_panel=_ENGINES
+        ),
     ] = None,
     bundle: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Write all of it as a folder that proves itself again."),
+        typer.Option(
+            metavar="DIR",
+            help="Write all of it as a folder that proves itself again.",
+            rich_help_panel=_BUNDLE,
+        ),
     ] = None,
     signing_key: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Sign the bundle with this key, in PEM.")
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Sign the bundle with this key, in PEM.", rich_help_panel=_BUNDLE
+        ),
     ] = None,
     data: MovedDataOption = None,
     dry_run: Annotated[

@@ -59,17 +59,21 @@ class CalibrationImages:
         return min(self.num_images, self.split.num_images)
 
     @property
+    def _num_batches(self) -> int:
+        """At least two, as every second one is attacked where images are mixed."""
+        return max(-(-self._num_chosen // BATCH_SIZE), min(2, self._num_chosen))
+
+    @property
     def _batch_size(self) -> int:
-        """At least two batches, as every second one is attacked where images are mixed."""
-        return min(BATCH_SIZE, -(-self._num_chosen // 2))
+        return -(-self._num_chosen // self._num_batches)
 
     def _places(self) -> Tensor:
         """Spread evenly over the split, in an order that mixes its classes."""
         num_chosen = self._num_chosen
         places_N = torch.arange(num_chosen) * self.split.num_images // num_chosen
         # Every batch takes from the whole split, which may have one class after the other.
-        num_batches = -(-num_chosen // self._batch_size)
-        return torch.cat([places_N[first::num_batches] for first in range(num_batches)])
+        parts = [places_N[first :: self._num_batches] for first in range(self._num_batches)]
+        return torch.cat(parts)
 
     def _attacked(self, batch: Batch) -> Tensor:
         return attacked(self.network, batch, threat=self.threat)

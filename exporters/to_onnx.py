@@ -90,13 +90,17 @@ def write_onnx(
             )
     except Exception as error:  # noqa: BLE001 (the exporter raises whatever it meets)
         raise ExportError(
-            f"this network cannot be written as ONNX: {str(error).splitlines()[0]}"
+            f"this network cannot be written as ONNX: {_first_line(error)}"
         ) from error
     if program is None:
         raise ExportError("torch.onnx.export returned nothing")
     model = program.model_proto  # a new one at every access
     _name_layers(model)
     save_checked(model, path, metadata)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def model_of(path: Path) -> "ModelProto":
