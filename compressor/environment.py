@@ -11,7 +11,15 @@ from compressor import __version__
 from compressor.performance import Performance
 from compressor.performance_settings import PerformanceSettings
 
-_PACKAGES = ("torch", "torchvision", "onnx", "onnxruntime", "safetensors", "numpy")
+_PACKAGES = (
+    "torch",
+    "torchvision",
+    "onnx",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "safetensors",
+    "numpy",
+)
 
 
 def describe_environment(performance: Performance) -> dict[str, Any]:

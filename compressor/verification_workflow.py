@@ -7,7 +7,6 @@ from typing import Literal
 
 from compressor.attacks.gradients import in_parts
 from compressor.attacks.stages import is_autoattack, protocol_of
-from compressor.environment import describe_environment
 from compressor.errors import BudgetSpentError, RunError
 from compressor.metrics import read_metrics
 from compressor.reports.files import ReportFiles
@@ -179,7 +178,7 @@ def describe(
         samples=to_table(found.samples),
         training=training_facts(prepared.target),
         cost=tuple(evidence.cost),
-        environment=describe_environment(prepared.performance),
+        environment=prepared.environment(),
         duration_seconds=time.perf_counter() - prepared.started_at_seconds,
     )
 

@@ -120,7 +120,7 @@ def cost_rows(target: Target, model: Model, teachers: Sequence[Teacher]) -> tupl
         name = f"student {model.spec.architecture}" if target.run else model.spec.architecture
         candidates.append(_network_candidate(name, model.network))
     file = model.file or _own_export(target)
-    if file is not None:
+    if file is not None and file.is_on_cpu:
         candidates.append(_Candidate(file.path.name, None, file, file.num_bytes))
     if model.spec is None:
         return ()
