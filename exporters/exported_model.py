@@ -26,12 +26,16 @@ PRECISION_OF: Mapping[Variant, Precision] = MappingProxyType(
 """Highest first."""
 
 
+ExportStatus = Literal["verified", "failed", "too_lossy", "unverified"]
+"""`failed`: it is not the same model. `too_lossy`: it is, but loses more than was allowed.
+`unverified`: it could not be attacked."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ExportVerification:
     """The answers of a file beside those of its source, on the same held-out images."""
 
-    status: Literal["verified", "failed", "too_lossy", "unverified"]
-    """`failed`: it is not the same model. `too_lossy`: it is, but loses more than was allowed."""
+    status: ExportStatus
     reason: str
     clean_agreement: Proportion
     """Same label on held-out images."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from compressor.data import Batch
 from compressor.paired_difference import PairedDrop
 from compressor.proportions import Proportion
-from exporters.exported_model import ExportVerification, Variant
+from exporters.exported_model import ExportStatus, ExportVerification, Variant
 from exporters.held_out import Answer, HeldOut, answers, attacked
 
 DEFAULT_MAX_ROBUST_DROP = 0.01
@@ -100,34 +100,28 @@ def prove_hop(
         complaints: what else is wrong with the file.
     """
     limits = LIMITS[variant]
-    source_2NK = torch.stack([held_out.clean_NK, held_out.adversarial_NK])
-    clean_NK, transfer_NK = answers(file, held_out.x_NCHW), answers(file, held_out.x_adv_NCHW)
     found = _Comparison(
-        source_2NK=source_2NK, file_2NK=torch.stack([clean_NK, transfer_NK]), limits=limits
+        source_2NK=torch.stack([held_out.clean_NK, held_out.adversarial_NK]),
+        file_2NK=torch.stack([answers(file, held_out.x_NCHW), answers(file, held_out.x_adv_NCHW)]),
+        limits=limits,
     )
     y_N = held_out.y_N.cpu()
-    source_right_N = (held_out.clean_NK.argmax(1) == y_N) & (
-        held_out.adversarial_NK.argmax(1) == y_N
+    source_right_2N, file_right_2N = (
+        found.source_2NK.argmax(2) == y_N,
+        found.file_2NK.argmax(2) == y_N,
     )
-    file_right_N = (clean_NK.argmax(1) == y_N) & (transfer_NK.argmax(1) == y_N)
+    source_stands_N, file_stands_N = source_right_2N.all(dim=0), file_right_2N.all(dim=0)
     if limits.is_lossy and twin is not None:
         x_adv_NCHW = attacked(twin, _batch(held_out), threat=held_out.threat)
-        source_right_N &= answers(held_out.source, x_adv_NCHW).argmax(1) == y_N
-        file_right_N &= answers(file, x_adv_NCHW).argmax(1) == y_N
-    robust_drop = _drop(source_right_N, file_right_N)
-    clean_drop = _drop(held_out.clean_NK.argmax(1) == y_N, clean_NK.argmax(1) == y_N)
-    lost = budget.exceeded(clean_drop=clean_drop, robust_drop=robust_drop)
+        source_stands_N &= answers(held_out.source, x_adv_NCHW).argmax(1) == y_N
+        file_stands_N &= answers(file, x_adv_NCHW).argmax(1) == y_N
+    clean_drop = _drop(source_right_2N[0], file_right_2N[0])
+    robust_drop = _drop(source_stands_N, file_stands_N)
     wrong = [*complaints, *found.complaints()]
-    status, reason = "verified", found.summary()
-    if wrong:
-        status, reason = "failed", "; ".join(wrong)
-    elif lost:
-        status, reason = "too_lossy", "; ".join(lost)
-    elif limits.is_lossy and twin is None:
-        status = "unverified"
-        reason = "it has no differentiable twin, so it was not attacked itself"
+    lost = budget.exceeded(clean_drop=clean_drop, robust_drop=robust_drop)
+    status, reason = _verdict(found, wrong, lost, is_attacked=twin is not None)
     return ExportVerification(
-        status=status,  # type: ignore[arg-type]
+        status=status,
         reason=reason,
         clean_agreement=found.agreement(0),
         adversarial_agreement=found.agreement(1),
@@ -136,11 +130,23 @@ def prove_hop(
         max_logit_difference=found.difference,
         tolerance=found.tolerance,
         sqnr_db=found.sqnr_db,
-        clean=_proportion(clean_NK.argmax(1) == y_N),
+        clean=_proportion(file_right_2N[0]),
         clean_drop=clean_drop,
-        robust=_proportion(file_right_N),
+        robust=_proportion(file_stands_N),
         robust_drop=robust_drop,
     )
+
+
+def _verdict(
+    found: "_Comparison", wrong: Sequence[str], lost: Sequence[str], *, is_attacked: bool
+) -> tuple[ExportStatus, str]:
+    if wrong:
+        return "failed", "; ".join(wrong)
+    if lost:
+        return "too_lossy", "; ".join(lost)
+    if found.limits.is_lossy and not is_attacked:
+        return "unverified", "it has no differentiable twin, so it was not attacked itself"
+    return "verified", found.summary()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
