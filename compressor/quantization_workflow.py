@@ -8,27 +8,29 @@ N images, K classes.
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
 from compressor.checkpoint import TrainState, load_candidate, load_checkpoint
-from compressor.data import load_training_data
+from compressor.data import TrainingData, load_training_data
 from compressor.environment import describe_environment, settings_dict
+from compressor.errors import DataError, TeacherError
 from compressor.interruption import StopWish
 from compressor.methods.build import build_method
 from compressor.metrics import Observer
 from compressor.onnx_graph import OnnxGraph, read_graph
-from compressor.onnx_twin import trainable_twin
+from compressor.onnx_twin import OnnxTwin, trainable_twin
 from compressor.performance import resolve_performance
 from compressor.performance_settings import PerformanceSettings
 from compressor.recipe import CosineRecipe, Recipe, canonical_json, resolved_dict
 from compressor.recipe_file import load_recipe
-from compressor.run_directory import RunDirectory, write_json_atomically
+from compressor.run_directory import RunDirectory, read_facts, write_json_atomically
 from compressor.schedules import num_steps_of
 from compressor.student import Student
+from compressor.teachers import Teacher
 from compressor.trainer import Training, fit, trained_tensors
 from compressor.training_workflow import load_teachers, writing_metrics
 from compressor.weights import sha256_of_file
@@ -75,35 +77,47 @@ def fine_tune(
         Weights before rounding, and biases, by the name of the constant in the int8 file.
 
     Raises:
-        TeacherError: if a teacher of the run cannot be found.
+        DataError: if the images are not those of the run.
+        TeacherError: if a teacher of the run cannot be found, or has changed.
         InterruptedRunError: when a stop was wished for; everything is saved.
     """
-    recipe = fine_tuning_recipe(load_recipe(request.run.resolved_recipe), epochs=request.epochs)
-    if request.data_source is not None:
-        data_table = recipe.data.model_copy(update={"source": request.data_source})
-        recipe = recipe.model_copy(update={"data": data_table})
-    performance = resolve_performance(request.settings)
-    data = load_training_data(
-        recipe.data, seed=recipe.seed, settings=request.settings, device=performance.device
-    )
     graph = read_graph(int8.read_bytes(), int8)
     twin = trainable_twin(
         graph,
         float_weights(graph, read_graph(float32.read_bytes(), float32)),
         takes_bytes=takes_bytes,
     )
-    method = build_method(
-        recipe.method,
-        threat=recipe.threat.build(),
-        teachers=load_teachers(recipe, data, performance=performance),
-        num_steps=num_steps_of(recipe, num_images=data.train.num_images),
+    files = {"int8_sha256": sha256_of_file(int8), "float32_sha256": sha256_of_file(float32)}
+    training, facts = _training(request, twin, files, observe=observe, stop=stop or StopWish())
+    environment = describe_environment(training.student.performance)
+    state = _fit(training, facts, environment=environment)
+    if state.best is None:
+        raise AssertionError("the last epoch is always validated")
+    twin.load_state_dict(load_candidate(training.run, state.best))
+    return twin.cpu().trained_constants()
+
+
+def _training(
+    request: FineTuningRequest,
+    twin: OnnxTwin,
+    files: Mapping[str, str],
+    *,
+    observe: Observer,
+    stop: StopWish,
+) -> tuple[Training, dict[str, str]]:
+    """What `fit` needs, and what tells this fine-tuning from any other."""
+    recipe = fine_tuning_recipe(load_recipe(request.run.resolved_recipe), epochs=request.epochs)
+    if request.data_source is not None:
+        moved = recipe.data.model_copy(update={"source": request.data_source})
+        recipe = recipe.model_copy(update={"data": moved})
+    performance = resolve_performance(request.settings)
+    data = load_training_data(
+        recipe.data, seed=recipe.seed, settings=request.settings, device=performance.device
     )
+    teachers = load_teachers(recipe, data, performance=performance)
+    _refuse_other_parts(request.run, data, teachers)
     student = Student(twin, performance)
-    facts = {
-        "recipe_id": recipe.recipe_id,
-        "int8_sha256": sha256_of_file(int8),
-        "float32_sha256": sha256_of_file(float32),
-    }
+    facts = {"recipe_id": recipe.recipe_id, **files}
     label = hashlib.sha256(canonical_json(facts).encode()).hexdigest()[:8]
     training = Training(
         recipe=recipe,
@@ -111,17 +125,35 @@ def fine_tune(
         run=request.run.fine_tuning(label),
         data=data,
         student=student,
-        method=method,
+        method=build_method(
+            recipe.method,
+            threat=recipe.threat.build(),
+            teachers=teachers,
+            num_steps=num_steps_of(recipe, num_images=data.train.num_images),
+        ),
         tensors=trained_tensors(student, recipe),
         observe=observe,
         resume_command=request.resume_command,
-        stop=stop or StopWish(),
+        stop=stop,
     )
-    state = _fit(training, facts, environment=describe_environment(performance))
-    if state.best is None:
-        raise AssertionError("the last epoch is always validated")
-    twin.load_state_dict(load_candidate(training.run, state.best))
-    return twin.cpu().trained_constants()
+    return training, facts
+
+
+def _refuse_other_parts(run: RunDirectory, data: TrainingData, teachers: Sequence[Teacher]) -> None:
+    """The same images and teachers as those of the run."""
+    facts = read_facts(run)
+    if data.train.content_sha256 != facts["training_content_sha256"]:
+        raise DataError(
+            f"the training images are others than those of {run.path} (content hash "
+            f"{data.train.content_sha256[:12]}); give the data of the run with --data"
+        )
+    known = {row["sha256"] for row in facts["teachers"]}
+    for teacher in teachers:
+        if teacher.sha256 not in known:
+            raise TeacherError(
+                f"{teacher.role} teacher {teacher.name} has changed since {run.path} was trained "
+                f"(SHA-256 {teacher.sha256[:12]}); put the one of the run back"
+            )
 
 
 def fine_tuning_recipe(recipe: Recipe, *, epochs: int) -> Recipe:

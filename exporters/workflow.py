@@ -1,8 +1,9 @@
 """export_run: from a finished run to files, each shown to be the same model or named as not."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from compressor.errors import ArtefactMismatchError, TooLossyError
@@ -13,7 +14,6 @@ from exporters.exported_model import (
     PRECISION_OF,
     ExportedModel,
     ExportVerification,
-    Precision,
     Variant,
     verification_table,
 )
@@ -22,6 +22,16 @@ from exporters.int8_workflow import FineTune, make_fine_tuned, make_int8
 from exporters.request import ExportRequest, Prepared, prepare, twin_of
 from exporters.to_float16 import write_float16
 from exporters.to_onnx import INPUT_NAME, write_onnx
+
+_REMEDIES: Mapping[Variant, str] = MappingProxyType(
+    {
+        "fp32": "look for what the exporter changed",
+        "fp16": "use --precision fp32",
+        "int8": "fine-tune it with --qat 1, or use --precision fp16",
+        "int8-mixed": "fine-tune it with --qat 1, or use --precision fp16",
+        "int8-qat": "fine-tune it longer with --qat, or use --precision fp16",
+    }
+)
 
 
 def export_run(
@@ -100,7 +110,7 @@ def _settle(
     run, precision = prepared.request.run, PRECISION_OF[variant]
     unverified = run.unverified_onnx(precision)
     if shown.status in {"failed", "too_lossy"}:
-        raise _refusal(unverified, precision, shown)
+        raise _refusal(unverified, variant, shown)
     exported = ExportedModel(
         path=run.onnx(variant),
         format="onnx",
@@ -121,8 +131,9 @@ def _settle(
 
 
 def _refusal(
-    path: Path, precision: Precision, shown: ExportVerification
+    path: Path, variant: Variant, shown: ExportVerification
 ) -> ArtefactMismatchError | TooLossyError:
+    precision = PRECISION_OF[variant]
     before = "torch" if precision == "fp32" else "fp32"
     hop = f"the hop {before} -> {precision}"
     if shown.status == "failed":
@@ -132,8 +143,8 @@ def _refusal(
         )
     worth = ", so int8 is not worth it here" if precision == "int8" else ""
     return TooLossyError(
-        f"{hop} costs too much{worth}: {shown.reason}. {path} is not to be deployed; try --qat 1, "
-        "allow more with --max-robust-drop or --max-clean-drop, or use --precision fp16"
+        f"{hop} costs too much{worth}: {shown.reason}. {path} is not to be deployed; "
+        f"{_REMEDIES[variant]}, or allow more with --max-robust-drop or --max-clean-drop"
     )
 
 
