@@ -6,13 +6,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN ?= runs/cifar10-small
 
-.PHONY: help install install-dev demo test lint types contracts evidence evidence-cifar10 bench \
-  bench-verify cifar10-small clean
+.PHONY: help install install-dev demo test lint types contracts evidence evidence-cifar10 \
+  evidence-export bench bench-verify cifar10-small clean
 
 help:
 	@sed -n '2,3s/^#   //p' Makefile
 	@echo 'make evidence  slow results: three seeds of the demo, error rates of the gate -> docs/results/'
 	@echo 'make evidence-cifar10 CIFAR10=folder TEACHERS=folder   healthy models raise no alarm'
+	@echo 'make evidence-export CIFAR10=folder RUN=folder   exported files of a run, each attacked itself'
 	@echo 'make bench     one B-MTARD step against the authors'"'"' manner -> docs/results/'
 	@echo 'make bench-verify CIFAR10=folder TEACHERS=folder   AutoAttack, ours and theirs'
 	@echo 'make cifar10-small CIFAR10=folder TEACHERS=folder [RUN=folder]'
@@ -62,6 +63,17 @@ evidence-cifar10: install
 	  $(addprefix runs/digits-demo/seed-0/,student-pgd-at student-plain robust-teacher) \
 	  --images 48 --square \
 	  --write docs/results/healthy-models.md
+
+# Hours: every file is attacked on 2,000 test images. What is finished is kept in $(RUN)/evidence.
+evidence-export: install
+	@test -n '$(CIFAR10)' || { echo 'usage: make $@ CIFAR10=folder RUN=folder'; exit 2; }
+	$(BIN)/python tests/evidence/export_agreement.py --data 'imagefolder:$(CIFAR10)' \
+	  --write docs/results/export-agreement.md
+	$(BIN)/robust-compress export $(RUN) --half --int8
+	$(BIN)/robust-compress export $(RUN) --int8 --keep-float 3 --calibration-images adversarial
+	$(BIN)/robust-compress export $(RUN) --qat 1 --calibration-images adversarial
+	$(BIN)/python tests/evidence/exported_files.py --run $(RUN) --data 'imagefolder:$(CIFAR10)' \
+	  --work $(RUN)/evidence --write docs/results/export-$(notdir $(RUN)).md
 
 bench: install-dev
 	$(BIN)/python tests/bench/bench_step.py --rounds 5 --write docs/results/bench-step.md
