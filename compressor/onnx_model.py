@@ -259,7 +259,8 @@ def _check_input(path: Path, inputs: "list[NodeArg]") -> None:
 def _check_output(path: Path, outputs: "list[NodeArg]") -> None:
     described = ", ".join(f"{arg.name} {arg.type} {arg.shape}" for arg in outputs)
     is_one = len(outputs) == 1 and outputs[0].type == _FLOATS
-    if not is_one or len(outputs[0].shape) != 2 or not isinstance(outputs[0].shape[1], int):
+    shape = outputs[0].shape if is_one else []
+    if len(shape) != 2 or not isinstance(shape[1], int) or shape[1] < 1:
         raise WeightsError(
             f"{path} must have one output of float32 [N, K] with a fixed number of classes K, and "
             f"has: {described}; export it again with logits as its only output"

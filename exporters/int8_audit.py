@@ -21,6 +21,8 @@ others; half of it unused costs a bit."""
 _MAX_SATURATED_FRACTION = 0.05
 _HALF_STEP = 0.5001
 """Largest rounding error of a weight, in steps, with room for float32."""
+_SCALE_ERROR = 0.01
+_SMALLEST_STEP = 1e-12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +67,25 @@ def misfit_weights(graph: OnnxGraph, float_weights: Mapping[str, Tensor]) -> lis
             steps = _error_in_steps(graph, maker, float_weights[node.name])
             if not steps <= _HALF_STEP:
                 found.append(f"weights of {node.name} are {steps:.1f} steps from the float weights")
+    return found
+
+
+def misfit_scales(graph: OnnxGraph, largest: Mapping[str, float]) -> list[str]:
+    """Activations whose steps are not those of the range that was found for them.
+
+    Args:
+        graph: of the int8 file.
+        largest: magnitude that the range of each tensor ends at, by its name.
+    """
+    found = []
+    for node in graph.nodes:
+        name = node.inputs[0] if node.inputs else ""
+        if node.op != "QuantizeLinear" or name not in largest:
+            continue
+        scale = float(graph.constants[node.inputs[1]].max())
+        factor = scale / max(largest[name] / INT8_MAX, _SMALLEST_STEP)
+        if not abs(factor - 1) <= _SCALE_ERROR:
+            found.append(f"the scale of {name} is {factor:.3g} times that of its calibrated range")
     return found
 
 
@@ -141,6 +162,7 @@ def audit(
     x_NCHW: Tensor,
     *,
     float_weights: Mapping[str, Tensor],
+    largest: Mapping[str, float],
 ) -> list[str]:
     """Everything that is wrong with an int8 file, in words; empty if nothing is.
 
@@ -149,6 +171,8 @@ def audit(
         twin: of the file; None if its arithmetic is not that of int8 here, which is a broken rule.
         x_NCHW: images that it was not calibrated on.
         float_weights: what its weights were rounded from, by the name of the node.
+        largest: magnitude that the range of each tensor ends at, by its name.
     """
     ranges = [] if twin is None else misfit_ranges(range_use(twin, x_NCHW))
-    return [*broken_rules(graph), *misfit_weights(graph, float_weights), *ranges]
+    scales = misfit_scales(graph, largest)
+    return [*broken_rules(graph), *misfit_weights(graph, float_weights), *scales, *ranges]

@@ -17,7 +17,13 @@ from exporters.hops import prove_hop, signal_to_noise_db
 from exporters.int8_audit import audit, layer_weights
 from exporters.mixed_precision import LayerSensitivity, Trial, keep_until_inside, rank_layers
 from exporters.request import Prepared, twin_of
-from exporters.to_int8 import calibrate, quantized_layers, write_fine_tuned, write_int8
+from exporters.to_int8 import (
+    calibrate,
+    largest_magnitudes,
+    quantized_layers,
+    write_fine_tuned,
+    write_int8,
+)
 
 if TYPE_CHECKING:
     from onnxruntime.quantization.calibrate import TensorsData
@@ -143,7 +149,7 @@ def make_fine_tuned(
     }
     return Int8Result(
         variant="int8-qat",
-        verification=verify_int8(prepared, path, variant="int8-qat", float_weights=weights),
+        verification=verify_int8(prepared, path, ranges, variant="int8-qat", float_weights=weights),
         chosen_kind=best.kind,
         calibrations=tuple(tried),
         layers=(),
@@ -228,12 +234,13 @@ class _Maker:
 
     def measure(self, ranges: "TensorsData", *, kept: Sequence[str]) -> ExportVerification:
         self.write(ranges, kept=kept)
-        return verify_int8(self.prepared, self.path, float_weights=self.weights())
+        return verify_int8(self.prepared, self.path, ranges, float_weights=self.weights())
 
 
 def verify_int8(
     prepared: Prepared,
     path: Path,
+    ranges: "TensorsData",
     *,
     variant: Variant = "int8",
     float_weights: Mapping[str, Tensor],
@@ -242,7 +249,13 @@ def verify_int8(
     model = load_onnx_model(path)
     twin = twin_of(model, prepared.held_out)
     graph = read_graph(model.content, path)
-    complaints = audit(graph, twin, prepared.held_out.x_NCHW, float_weights=float_weights)
+    complaints = audit(
+        graph,
+        twin,
+        prepared.held_out.x_NCHW,
+        float_weights=float_weights,
+        largest=largest_magnitudes(ranges),
+    )
     return prove_hop(
         model,
         prepared.held_out,

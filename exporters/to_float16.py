@@ -9,7 +9,7 @@ from exporters.to_onnx import ExportError, model_of, save_checked
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-_LARGEST = 65504.0
+LARGEST_FLOAT16 = 65504.0
 
 
 def write_float16(float32: Path, path: Path, *, metadata: Mapping[str, str]) -> None:
@@ -40,8 +40,8 @@ def _refuse_large_weights(model: "ModelProto") -> None:
     for tensor in model.graph.initializer:
         values = onnx.numpy_helper.to_array(tensor)
         largest = float(abs(values).max(initial=0)) if values.dtype.kind == "f" else 0.0
-        if largest > _LARGEST:
+        if largest > LARGEST_FLOAT16:
             raise ExportError(
-                f"{tensor.name} holds {largest:g}, and float16 ends at {_LARGEST:g}; use "
+                f"{tensor.name} holds {largest:g}, and float16 ends at {LARGEST_FLOAT16:g}; use "
                 "--precision fp32 or int8"
             )

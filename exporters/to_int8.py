@@ -103,6 +103,14 @@ def calibrate(
         return calibrator.compute_data()
 
 
+def largest_magnitudes(ranges: "TensorsData") -> dict[str, float]:
+    """Where the range of each tensor ends, by its name."""
+    return {
+        name: max(abs(limit.item()) for limit in found.range_value)
+        for name, found in ranges.items()
+    }
+
+
 def _of_size(
     batch_size: int | str | None, batches_NCHW: "Iterable[numpy.ndarray]"
 ) -> "Iterator[numpy.ndarray]":

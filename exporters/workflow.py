@@ -6,6 +6,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import torch
+
 from compressor.errors import ArtefactMismatchError, TooLossyError
 from compressor.onnx_model import load_onnx_model
 from compressor.run_directory import RunDirectory, write_json_atomically
@@ -17,6 +19,7 @@ from exporters.exported_model import (
     Variant,
     verification_table,
 )
+from exporters.float16_audit import overflows
 from exporters.hops import prove_hop
 from exporters.int8_workflow import FineTune, make_fine_tuned, make_int8
 from exporters.request import ExportRequest, Prepared, prepare, twin_of
@@ -89,13 +92,16 @@ def _float16(prepared: Prepared, *, tell: Callable[[str], None]) -> ExportedMode
     float32, unverified = run.onnx("fp32"), run.unverified_onnx("fp16")
     tell("fp16: converting and attacking")
     write_float16(float32, unverified, metadata=prepared.metadata())
-    model = load_onnx_model(unverified)
+    model, held_out = load_onnx_model(unverified), prepared.held_out
+    twin = twin_of(model, held_out)
+    images = (held_out.x_NCHW, held_out.x_adv_NCHW)
     shown = prove_hop(
         model,
-        prepared.held_out,
+        held_out,
         variant="fp16",
-        twin=twin_of(model, prepared.held_out),
+        twin=twin,
         budget=prepared.request.budget,
+        complaints=[] if twin is None else overflows(twin, torch.cat(images)),
     )
     return _settle(prepared, "fp16", shown, {})
 

@@ -7,7 +7,7 @@ import onnxruntime  # noqa: TID253 (the reference)
 import pytest
 import torch
 import torchvision
-from torchvision.models.mobilenetv3 import MobileNetV3, _mobilenet_v3_conf
+from torchvision.models.mobilenetv3 import InvertedResidualConfig, MobileNetV3
 from torchvision.models.vision_transformer import VisionTransformer
 
 from compressor.networks import NetworkSpec, build_classifier
@@ -37,9 +37,13 @@ def ours(architecture, *, width, seed=0):
 
 
 def mobilenet_v3():
-    """The first blocks of torchvision's mobilenet_v3_small, with every operator that it has."""
-    blocks, _ = _mobilenet_v3_conf("mobilenet_v3_small")
-    return MobileNetV3(blocks[:5], last_channel=64, num_classes=10)
+    """torchvision's, with every operator that it has, but two blocks instead of eleven."""
+    options = {"use_se": True, "dilation": 1, "width_mult": 1.0}
+    blocks = [
+        InvertedResidualConfig(16, 3, 16, 16, activation="RE", stride=2, **options),
+        InvertedResidualConfig(16, 5, 32, 24, activation="HS", stride=1, **options),
+    ]
+    return MobileNetV3(blocks, last_channel=64, num_classes=10)
 
 
 NETWORKS = {
