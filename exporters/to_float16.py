@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from onnx import ModelProto
 
 LARGEST_FLOAT16 = 65504.0
+"""What is larger becomes infinite."""
 
 
 def write_float16(float32: Path, path: Path, *, metadata: Mapping[str, str]) -> None:

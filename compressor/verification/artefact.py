@@ -33,8 +33,9 @@ _NUM_AT_ONCE = 50
 MIN_TWIN_AGREEMENT = 0.95
 """Share of images on which the twin gives the label of its file."""
 MAX_TWIN_ERROR = 0.1
-"""Root mean square of the twin's error, as a share of that of the file's logits. Rounding steps
-that fall the other way, because sums are taken in another order, cost 0.02."""
+"""Root mean square of the twin's error, as a share of that of the file's logits. ONNX Runtime also
+rounds the biases of an int8 file, by itself, so that some steps fall the other way: that costs
+0.02."""
 SAME_FUNCTION = 1e-3
 """Largest difference of logits, as a share of the largest, between a file that rounds nothing and
 its source."""

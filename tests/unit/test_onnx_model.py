@@ -1,4 +1,5 @@
 import hashlib
+import os
 import warnings
 
 import numpy as np
@@ -194,3 +195,51 @@ def test_a_second_output_is_refused(save):
     model.graph.output.append(helper.make_tensor_value_info("flat", TensorProto.FLOAT, [None, 3]))
     with pytest.raises(WeightsError, match=r"one output .* logits .*, flat"):
         load_onnx_model(save(model))
+
+
+def test_a_batch_of_nothing_is_no_batch(save):
+    with pytest.raises(WeightsError, match="must have one input"):
+        load_onnx_model(save(make_model(batch=0)))
+
+
+@pytest.mark.parametrize("batch", ["batch", 4])
+def test_an_answer_that_is_not_what_was_declared_is_refused(save, batch):
+    """Shapes may be computed, so this is seen only when the file answers."""
+    model = make_model(batch=batch)
+    model.graph.node[2].output[0] = "two"
+    for name, value in (("start", [0]), ("end", [1]), ("axes", [0])):
+        model.graph.initializer.append(numpy_helper.from_array(np.array(value), name))
+    inputs = ["two", "start", "end", "axes"]
+    model.graph.node.append(helper.make_node("Slice", inputs, ["logits"]))
+    if batch == 4:
+        model.graph.output[0].type.tensor_type.shape.dim[0].dim_param = "rows"
+    loaded = load_onnx_model(save(model))
+    with pytest.raises(WeightsError, match=r"declares one row of 4 logits per image, and answers"):
+        loaded(images(3))
+
+
+def test_a_failure_while_answering_is_explained(save):
+    model = make_model()
+    model.graph.node[2].output[0] = "two"
+    model.graph.initializer.append(numpy_helper.from_array(np.array([7, 4]), "shape"))
+    model.graph.node.append(helper.make_node("Reshape", ["two", "shape"], ["logits"]))
+    loaded = load_onnx_model(save(model))
+    with pytest.raises(WeightsError, match=r"cannot be run on 3 images of 3x8x8 .*; export it"):
+        loaded(images(3))
+
+
+def test_what_is_no_file_is_not_read(tmp_path):
+    """Reading a pipe or a device would never end."""
+    os.mkfifo(tmp_path / "pipe.onnx")
+    (tmp_path / "device.onnx").symlink_to("/dev/zero")
+    for path in tmp_path.iterdir():
+        with pytest.raises(WeightsError, match="it is no file but a device or a pipe"):
+            load_onnx_model(path)
+
+
+def test_a_file_beyond_protobuf_is_not_read(tmp_path):
+    path = tmp_path / "large.onnx"
+    with path.open("wb") as file:
+        file.truncate(2**31 + 1)  # without data on the disk
+    with pytest.raises(WeightsError, match=r"has 2,147,483,649 bytes, and an ONNX file ends at"):
+        load_onnx_model(path)

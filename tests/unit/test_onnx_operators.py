@@ -174,6 +174,7 @@ CASES = {
         "Slice", "images starts ends", constant("starts", [0, 1]), constant("ends", [9, 3])
     ),
     "Softmax": case("Softmax", axis=1),
+    "Softmax, last axis": case("Softmax"),
     "Split": then(
         case("Sub", "left right"), node("Split", "images", "left right", axis=3, num_outputs=2)
     ),

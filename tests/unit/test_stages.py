@@ -16,6 +16,7 @@ from compressor.attacks.stages import (
     build_stages,
     expand_names,
     protocol_of,
+    with_transfer_late,
 )
 from compressor.errors import UsageError
 from compressor.randomness import sample_keys
@@ -49,6 +50,22 @@ def build(mode="fast", *, names=ATTACK_NAMES, threat=LINF, num_sources=2):
 )
 def test_names_become_attacks_in_the_order_of_the_cascade(names, expected):
     assert expand_names(names) == expected
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (("fgsm", "apgd_ce"), ("fgsm", "apgd_ce", "transfer")),
+        (("fgsm", "square"), ("fgsm", "transfer", "square")),
+        (("transfer", "apgd_ce", "square"), ("apgd_ce", "transfer", "square")),
+        (("square",), ("transfer", "square")),
+        (AUTOATTACK, ("apgd_ce", "apgd_t", "fab_t", "transfer", "square")),
+    ],
+    ids=str,
+)
+def test_transfer_to_a_file_comes_after_gradients_and_before_the_black_box(names, expected):
+    assert with_transfer_late(names) == expected
+    assert tuple(build(names=with_transfer_late(names))) == expected
 
 
 @pytest.mark.parametrize("names", [[], ["pgd"], ["papers", "nonsense"], [""], ["FGSM"]], ids=str)

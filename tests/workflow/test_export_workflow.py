@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 import cli.main
 import exporters.workflow
+from compressor.errors import ArtefactMismatchError
 from compressor.onnx_graph import read_graph
 from compressor.onnx_model import load_onnx_model
 from compressor.performance_settings import PerformanceSettings
@@ -237,6 +238,18 @@ def test_too_lossy_ends_with_exit_code_3_and_changes_nothing(with_outlier, capsy
     assert after.keys() - before.keys() <= {"unverified.int8.onnx"}
 
 
+def test_fp16_that_would_overflow_on_the_device_is_refused(with_outlier):
+    """Though every weight fits, and ONNX Runtime computes in float32 on a CPU."""
+    run = with_outlier("bn1", "conv2", factor=30_000)
+    shutil.rmtree(run.exports, ignore_errors=True)
+    with pytest.raises(ArtefactMismatchError, match="the hop fp32 -> fp16 is the first") as caught:
+        export_run(request_for(run, "fp16"))
+    assert "reaches " in str(caught.value)
+    assert "and float16 ends at 65504" in str(caught.value)
+    assert not run.onnx("fp16").exists()
+    assert run.onnx("fp32").exists()
+
+
 # Not attacked, and fine-tuned
 
 
@@ -309,7 +322,7 @@ def test_json_of_the_command_has_every_file(copy, capsys, fast):
 
 
 def test_a_dry_run_writes_nothing(copy, capsys):
-    shutil.rmtree(copy.exports)
+    shutil.rmtree(copy.exports, ignore_errors=True)
     assert call(f"export {copy.path} --int8 --dry-run --json") == 0
     planned = json.loads(capsys.readouterr().out)["would_write"]
     assert str(copy.onnx("fp32")) in planned
