@@ -20,7 +20,7 @@ from compressor.errors import RunError, UsageError
 if TYPE_CHECKING:
     from compressor.onnx_providers import Provider
     from compressor.reports.benchmark import Benchmark
-    from exporters.benchmark_target import BenchTarget, ImageShape
+    from exporters.benchmark.target import BenchTarget, ImageShape
 
 _MAX_BATCH_SIZE, _MAX_THREADS, _MAX_TARGETS = 65_536, 1_024, 60
 
@@ -89,9 +89,9 @@ def bench(
     )
     output = Output(as_json=as_json)
     with output.console.status("Opening the targets") as status:
-        from exporters.benchmark import Plan
-        from exporters.benchmark_accuracy import find_accuracies
-        from exporters.benchmark_report import num_usable_cores, run_benchmark, write_benchmark
+        from exporters.benchmark.accuracy import find_accuracies
+        from exporters.benchmark.measurement import Plan
+        from exporters.benchmark.report import num_usable_cores, run_benchmark, write_benchmark
 
         found = _find(targets, asked)
         folder = out or _folder(targets, found)
@@ -166,7 +166,7 @@ class _Asked:
 
 def _find(sources: list[str], asked: _Asked) -> "list[BenchTarget]":
     """Each file once, however often it is named."""
-    from exporters.benchmark_targets import find_targets
+    from exporters.benchmark.targets import find_targets
 
     found: dict[Path, BenchTarget] = {}
     for source in sources:
@@ -201,7 +201,7 @@ def _refuse_idle(asked: _Asked, found: "list[BenchTarget]") -> None:
 
 def _folder(sources: list[str], found: "list[BenchTarget]") -> Path:
     """The run, if there is one; nothing may be added to a bundle, whose manifest names it all."""
-    from exporters.benchmark_targets import is_run
+    from exporters.benchmark.targets import is_run
 
     folders = list(dict.fromkeys(Path(source) for source in sources if Path(source).is_dir()))
     runs = [folder for folder in folders if is_run(folder)]

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 def print_benchmark(benchmark: "Benchmark", output: Output) -> None:
     """Tables that fit 80 columns, and what follows from them."""
-    from exporters.benchmark_verdicts import fronts, notes, verdicts
+    from exporters.benchmark.verdicts import fronts, notes, verdicts
 
     _print_latency(benchmark, output)
     _print_sizes(benchmark, output)

@@ -15,9 +15,9 @@ from compressor.errors import MissingDependencyError, UsageError
 
 if TYPE_CHECKING:
     from compressor.device.build_options import BuildOptions
-    from exporters.bundle_verification import BundleVerification, FileResult
+    from exporters.bundle.manifest import HopFacts
+    from exporters.bundle.verification import BundleVerification, FileResult
     from exporters.exported_model import ExportedModel
-    from exporters.manifest import HopFacts
     from exporters.request import Prepared
 
 MAX_LISTED = 10
@@ -28,7 +28,7 @@ def is_bundle(target: str) -> bool:
     """Whether what the user named is a bundle, or was one before files were taken from it."""
     if not Path(target).is_dir():
         return False
-    from exporters.bundle_verification import is_bundle as is_bundle_folder
+    from exporters.bundle.verification import is_bundle as is_bundle_folder
 
     return is_bundle_folder(Path(target))
 
@@ -38,12 +38,12 @@ def check_bundle_options(folder: Path | None, signing_key: Path | None) -> None:
 
     Raises:
         UsageError: if a key is given for nothing.
-        RobustCompressError: as `exporters.bundle.check_bundle_request`.
+        RobustCompressError: as `exporters.bundle.bundle.check_bundle_request`.
     """
     if folder is None and signing_key is not None:
         raise UsageError("--signing-key signs a bundle; add --bundle DIR, or leave it out")
     if folder is not None:
-        from exporters.bundle import check_bundle_request
+        from exporters.bundle.bundle import check_bundle_request
 
         check_bundle_request(folder, signing_key)
 
@@ -73,7 +73,7 @@ def bundled(
     wanted = [e for e in made if e.precision in prepared.request.precisions]
 
     def write(target: Path) -> None:
-        from exporters.bundle import write_bundle
+        from exporters.bundle.bundle import write_bundle
 
         written = write_bundle(
             prepared,
@@ -137,10 +137,10 @@ def verify_bundle_folder(
 
     Raises:
         UsageError: if such an option was given, for whoever gave it expected an effect.
-        RobustCompressError: as `exporters.bundle_verification.open_bundle`.
+        RobustCompressError: as `exporters.bundle.verification.open_bundle`.
         typer.Exit: 5 if anything is wrong, 4 if an ONNX file could not be replayed.
     """
-    from exporters.bundle_verification import open_bundle, verify_bundle
+    from exporters.bundle.verification import open_bundle, verify_bundle
 
     given = [name for name, value in idle.items() if value is not None]
     if given:
@@ -206,7 +206,7 @@ def _result_lines(result: "FileResult") -> list[str]:
 
 
 def _claims(reports: Sequence[Any], gate: Sequence[Any] | None) -> list[str]:
-    from exporters.found_reports import summaries
+    from exporters.bundle.found_reports import summaries
 
     return summaries(reports, gate or ())
 

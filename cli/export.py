@@ -198,9 +198,9 @@ def export(
     from compressor.performance import resolve_performance
     from compressor.performance_settings import PerformanceSettings
     from compressor.run_directory import RunDirectory
+    from exporters.engine.to_tensorrt import device_errors_explained
     from exporters.hops import Budget
     from exporters.request import ExportRequest
-    from exporters.to_tensorrt import device_errors_explained
     from exporters.workflow import as_table
 
     output = Output(as_json=as_json)

@@ -76,9 +76,9 @@ def parse_int8(method: str, kind: str, *, num_images: int, min_kept: int) -> "In
     Raises:
         UsageError: for a method or kind that is refused or does not exist.
     """
-    from exporters.calibration import CALIBRATION_KINDS
+    from exporters.int8.calibration import CALIBRATION_KINDS
+    from exporters.int8.to_int8 import calibration_method
     from exporters.request import Int8Request
-    from exporters.to_int8 import calibration_method
 
     if kind not in {"auto", *CALIBRATION_KINDS}:
         raise UsageError(

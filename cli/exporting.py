@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from compressor.performance_settings import PerformanceSettings
     from compressor.run_directory import RunDirectory
     from exporters.exported_model import ExportedModel
-    from exporters.int8_workflow import FineTune
+    from exporters.int8.workflow import FineTune
     from exporters.request import ExportRequest, Prepared
 
 
@@ -70,8 +70,8 @@ def export_engines(
         InterruptedRunError: after Ctrl-C; the engines before it are written.
     """
     from cli.build_display import build_display
-    from exporters.engine_workflow import export_engine, export_kit
-    from exporters.to_tensorrt import import_tensorrt
+    from exporters.engine.to_tensorrt import import_tensorrt
+    from exporters.engine.workflow import export_engine, export_kit
 
     wanted = [e for e in made if e.precision in prepared.request.precisions]
     kit = export_kit(prepared, wanted, options=options)

@@ -20,11 +20,11 @@ from compressor.run_directory import RunDirectory, read_facts
 from compressor.threat import ThreatModel
 from compressor.verification.artefact import checked_twin
 from compressor.weights import sha256_of_file
-from exporters.calibration import DEFAULT_NUM_IMAGES, CalibrationKind
 from exporters.exported_model import Precision
 from exporters.held_out import HeldOut, held_out_images
 from exporters.hops import DEFAULT_BUDGET, Budget
-from exporters.to_int8 import CalibrationMethod
+from exporters.int8.calibration import DEFAULT_NUM_IMAGES, CalibrationKind
+from exporters.int8.to_int8 import CalibrationMethod
 from exporters.to_onnx import OPSET, OnnxForm
 
 DEFAULT_HELD_OUT_IMAGES = 500

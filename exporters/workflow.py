@@ -21,7 +21,7 @@ from exporters.exported_model import (
 )
 from exporters.float16_audit import overflows
 from exporters.hops import prove_hop
-from exporters.int8_workflow import FineTune, make_fine_tuned, make_int8
+from exporters.int8.workflow import FineTune, make_fine_tuned, make_int8
 from exporters.request import ExportRequest, Prepared, prepare, twin_of
 from exporters.to_float16 import write_float16
 from exporters.to_onnx import INPUT_NAME, write_onnx

@@ -11,8 +11,8 @@ import pytest
 from onnx import TensorProto, helper  # noqa: TID253
 
 import cli.main
-import exporters.benchmark_report
-import exporters.peak_memory
+import exporters.benchmark.peak_memory
+import exporters.benchmark.report
 from compressor.errors import ExitCode
 from compressor.networks import NetworkSpec, build_classifier, save_classifier
 from compressor.reports.benchmark import read_benchmark
@@ -55,7 +55,9 @@ def folder(tmp_path, monkeypatch, make_report):
     """A run with two exports, verified but for one; files of other kinds. No process is started."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
-        exporters.peak_memory, "_peak_kib", lambda source, *_, **__: 2048 if source else 1024
+        exporters.benchmark.peak_memory,
+        "_peak_kib",
+        lambda source, *_, **__: 2048 if source else 1024,
     )
     run = Path("mine")
     run.mkdir()
@@ -317,7 +319,7 @@ def test_an_interruption_writes_nothing(folder, monkeypatch):
     def stop(*_args, **_options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(exporters.benchmark_report, "measure", stop)
+    monkeypatch.setattr(exporters.benchmark.report, "measure", stop)
     before = files_below(folder)
     assert call(f"bench mine {QUICK}") == ExitCode.INTERRUPTED
     assert files_below(folder) == before

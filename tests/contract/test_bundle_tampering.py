@@ -7,8 +7,8 @@ import subprocess
 
 import pytest
 
-import exporters.bundle_verification
-import exporters.bundled_engines
+import exporters.bundle.engines
+import exporters.bundle.verification
 from compressor.device.kit_files import sha256_of
 from tests.unit.bundle_models import ENGINE, copied, make_bundle, resign, rewrite, verify
 
@@ -58,9 +58,9 @@ def refused(bundle, monkeypatch, capsys):
         raise AssertionError("something was run")
 
     monkeypatch.setattr("compressor.device.replay.OnnxSession", spy)
-    monkeypatch.setattr(exporters.bundled_engines, "_run", spy)
+    monkeypatch.setattr(exporters.bundle.engines, "_run", spy)
     monkeypatch.setattr(subprocess, "Popen", spy)
-    monkeypatch.setattr(exporters.bundle_verification, "why_no_engine_runs_here", lambda: None)
+    monkeypatch.setattr(exporters.bundle.verification, "why_no_engine_runs_here", lambda: None)
 
     def check(*names, options=()):
         shown = verify(bundle, monkeypatch, capsys, *options)

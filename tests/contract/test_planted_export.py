@@ -9,7 +9,7 @@ import torch
 from onnx import helper, numpy_helper  # noqa: TID253
 from PIL import Image
 
-import exporters.int8_workflow
+import exporters.int8.workflow
 import exporters.workflow
 from compressor.errors import ArtefactMismatchError, TooLossyError
 from compressor.onnx_graph import read_graph
@@ -162,7 +162,7 @@ HOPS = {
     "fp32 -> fp16": ("fp16", exporters.workflow, "write_float16", EVERYWHERE),
     "fp32 -> int8": (
         "int8",
-        exporters.int8_workflow,
+        exporters.int8.workflow,
         "write_int8",
         (*EVERYWHERE, activations_times_4, asymmetric_activations),
     ),
@@ -223,13 +223,13 @@ def test_a_coarse_scale_is_refused_where_ranges_are_cut(
     run, monkeypatch, write_known_float32, method
 ):
     """They are used beyond their end by design, which must not hide that they are too coarse."""
-    sound = exporters.int8_workflow.write_int8
+    sound = exporters.int8.workflow.write_int8
 
     def plant(*arguments, **options):
         sound(*arguments, **options)
         onnx.save(activations_times_4(onnx.load(arguments[1])), arguments[1])
 
-    monkeypatch.setattr(exporters.int8_workflow, "write_int8", plant)
+    monkeypatch.setattr(exporters.int8.workflow, "write_int8", plant)
     with pytest.raises((ArtefactMismatchError, TooLossyError), match="the hop fp32 -> int8 "):
         export_run(request_for(run, "int8", method=method))
 
@@ -243,14 +243,14 @@ def untrained(float32, int8):
 @pytest.mark.parametrize("defect", HOPS["fp32 -> int8"][3])
 def test_a_defect_after_fine_tuning_is_refused(run, monkeypatch, write_known_float32, defect):
     """Its limits are wider, as its weights may have moved."""
-    sound = exporters.int8_workflow.write_fine_tuned
+    sound = exporters.int8.workflow.write_fine_tuned
 
     def plant(*arguments, **options):
         sound(*arguments, **options)
         onnx.save(defect(onnx.load(arguments[1])), arguments[1])
 
     before = contents(run)
-    monkeypatch.setattr(exporters.int8_workflow, "write_fine_tuned", plant)
+    monkeypatch.setattr(exporters.int8.workflow, "write_fine_tuned", plant)
     with pytest.raises((ArtefactMismatchError, TooLossyError), match="the hop fp32 -> int8 "):
         export_run(request_for(run, "int8"), fine_tune=untrained)
     after = contents(run)

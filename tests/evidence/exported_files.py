@@ -29,9 +29,9 @@ from compressor.run_directory import RunDirectory, write_json_atomically, write_
 from compressor.verification.request import VerificationRequest
 from compressor.verification_workflow import verify
 from compressor.weights import sha256_of_file
-from exporters.benchmark import Plan
-from exporters.benchmark_report import run_benchmark
-from exporters.benchmark_targets import find_targets
+from exporters.benchmark.measurement import Plan
+from exporters.benchmark.report import run_benchmark
+from exporters.benchmark.targets import find_targets
 from exporters.workflow import exported_files
 
 GRADIENTS = ("apgd_ce", "apgd_t")

@@ -9,8 +9,8 @@ from onnx import TensorProto, helper  # noqa: TID253
 
 from compressor.networks import NetworkSpec, build_classifier, save_classifier
 from compressor.weights import sha256_of_file
-from exporters.benchmark import Plan
-from exporters.benchmark_target import BenchTarget
+from exporters.benchmark.measurement import Plan
+from exporters.benchmark.target import BenchTarget
 
 MS = 1_000_000
 PLAN = Plan(batch_sizes=(1,), thread_counts=(1,), num_rounds=2, seconds=0.02)

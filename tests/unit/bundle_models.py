@@ -14,8 +14,7 @@ from compressor.gate.policy import GatePolicy
 from compressor.paired_difference import PairedDrop
 from compressor.proportions import Proportion
 from compressor.reports.report import TargetFacts
-from exporters.exported_model import ExportVerification, verification_table
-from exporters.manifest import (
+from exporters.bundle.manifest import (
     BundledEngine,
     BundledGate,
     BundledModel,
@@ -26,6 +25,7 @@ from exporters.manifest import (
     SplitFacts,
     ThreatFacts,
 )
+from exporters.exported_model import ExportVerification, verification_table
 from tests.unit.device_models import make_golden, make_kit, make_models
 
 CLASS_NAMES = ("cat", "dog", "fox", "owl")

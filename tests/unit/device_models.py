@@ -9,8 +9,8 @@ from onnx import TensorProto, helper, numpy_helper  # noqa: TID253
 
 from compressor.device.build_options import BuildOptions
 from compressor.device.onnx_session import OnnxSession
-from exporters.build_kit import KitModel, write_build_kit
-from exporters.golden import Golden
+from exporters.engine.build_kit import KitModel, write_build_kit
+from exporters.engine.golden import Golden
 
 IMAGE_SHAPE = (3, 8, 8)
 NUM_CLASSES = 4

@@ -5,12 +5,12 @@ import itertools
 import pytest
 import torch
 
-import exporters.benchmark_report
-import exporters.peak_memory
+import exporters.benchmark.peak_memory
+import exporters.benchmark.report
 from compressor.errors import UsageError
 from compressor.reports.benchmark import read_benchmark
-from exporters.benchmark import Measured, Plan, measure
-from exporters.benchmark_report import percentile, run_benchmark, to_markdown, write_benchmark
+from exporters.benchmark.measurement import Measured, Plan, measure
+from exporters.benchmark.report import percentile, run_benchmark, to_markdown, write_benchmark
 from tests.unit.benchmark_models import MS, PLAN, World
 from tests.unit.benchmark_rows import a_benchmark, a_row, accuracy
 
@@ -24,7 +24,9 @@ def world():
 def no_processes(monkeypatch):
     """Peak memory is measured by processes of their own, which takes seconds."""
     monkeypatch.setattr(
-        exporters.peak_memory, "_peak_kib", lambda source, *_, **__: 3072 if source else 1024
+        exporters.benchmark.peak_memory,
+        "_peak_kib",
+        lambda source, *_, **__: 3072 if source else 1024,
     )
 
 
@@ -131,7 +133,7 @@ def row_of(rounds_ms, tmp_path, *, batch_size=1):
     target = World().target("A", tmp_path, 1)
     rounds_ns = tuple(tuple(round(MS * ms) for ms in durations) for durations in rounds_ms)
     cell = Measured(target=target, batch_size=batch_size, num_threads=1, rounds_ns=rounds_ns)
-    return exporters.benchmark_report._timing(cell)
+    return exporters.benchmark.report._timing(cell)
 
 
 def test_numbers_of_known_durations(tmp_path):

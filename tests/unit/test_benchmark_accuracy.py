@@ -4,7 +4,7 @@ import pytest
 
 from compressor.errors import RunError, UsageError
 from compressor.reports.report import ArtefactFacts, TargetFacts, write_report
-from exporters.benchmark_accuracy import find_accuracies
+from exporters.benchmark.accuracy import find_accuracies
 from tests.unit.benchmark_models import World
 
 

@@ -10,10 +10,10 @@ from compressor.device.cuda import Cuda
 from compressor.device.engine import Engine
 from compressor.errors import ArtefactMismatchError, MissingDependencyError, WeightsError
 from compressor.weights import sha256_of_file
-from exporters.benchmark import Plan, measure
-from exporters.benchmark_report import run_benchmark
-from exporters.benchmark_targets import find_targets
-from exporters.benchmark_verdicts import notes
+from exporters.benchmark.measurement import Plan, measure
+from exporters.benchmark.report import run_benchmark
+from exporters.benchmark.targets import find_targets
+from exporters.benchmark.verdicts import notes
 from tests.unit.benchmark_models import save_onnx, save_run
 from tests.unit.pretended_gpu import Cudart, Gpu
 
@@ -196,8 +196,8 @@ def test_an_empty_engine_is_explained(run):
 
 def test_a_benchmark_with_engines(run, gpu, monkeypatch):
     folder, hashes = run
-    monkeypatch.setattr("exporters.peak_memory._peak_kib", lambda *_, **__: 1024)
-    monkeypatch.setattr("exporters.benchmark_report.gpu_name", lambda: "RTX 9000")
+    monkeypatch.setattr("exporters.benchmark.peak_memory._peak_kib", lambda *_, **__: 1024)
+    monkeypatch.setattr("exporters.benchmark.report.gpu_name", lambda: "RTX 9000")
     targets = find_targets(str(folder), trusted_sha256=hashes[:1])
     benchmark = run_benchmark(targets, PLAN, {})
     *_, first, second = benchmark.targets

@@ -16,7 +16,7 @@ from compressor.errors import (
     WeightsError,
 )
 from compressor.weights import sha256_of_file
-from exporters.benchmark_targets import find_targets, is_run
+from exporters.benchmark.targets import find_targets, is_run
 from tests.unit.benchmark_models import save_onnx, save_run
 from tests.unit.pretended_providers import CUDA, Pretended
 

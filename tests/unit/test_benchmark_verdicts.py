@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from exporters.benchmark_verdicts import fronts, notes, verdicts
+from exporters.benchmark.verdicts import fronts, notes, verdicts
 from tests.unit import benchmark_rows
 from tests.unit.benchmark_rows import accuracy
 

@@ -19,8 +19,8 @@ from compressor.device.build_options import BuildError, BuildOptions, parse_batc
 from compressor.device.builder import build
 from compressor.device.kit_files import sha256_of
 from compressor.errors import MissingDependencyError
+from exporters.engine.to_tensorrt import import_tensorrt, read_checked_onnx, write_engine
 from exporters.to_onnx import ExportError
-from exporters.to_tensorrt import import_tensorrt, read_checked_onnx, write_engine
 from tests.unit.device_models import (
     PRECISIONS,
     make_model,

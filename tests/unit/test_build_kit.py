@@ -17,7 +17,7 @@ from compressor.device import build_engine, replay
 from compressor.device.build_options import BuildOptions
 from compressor.device.kit_files import DeviceError, MismatchError, read_kit, sha256_of
 from compressor.errors import ArtefactMismatchError
-from exporters.build_kit import KitModel
+from exporters.engine.build_kit import KitModel
 from exporters.to_onnx import ExportError
 from tests.unit.device_models import (
     make_golden,
@@ -397,7 +397,7 @@ def test_unfit_models_are_refused(paths, golden, tmp_path, models, message):
 
 
 def make_kit_of(folder, models, golden, class_names=("cat", "dog", "fox", "owl")):
-    from exporters.build_kit import write_build_kit
+    from exporters.engine.build_kit import write_build_kit
 
     return write_build_kit(
         folder,

@@ -15,11 +15,11 @@ from compressor.errors import ArtefactMismatchError, MissingDependencyError
 from compressor.gate.gate import judge
 from compressor.performance_settings import PerformanceSettings
 from compressor.reports.report import TargetFacts, write_report
-from exporters.bundle import check_bundle_request, write_bundle
-from exporters.bundle_verification import open_bundle, verify_bundle
-from exporters.manifest import BundleError, parse_manifest
+from exporters.bundle.bundle import check_bundle_request, write_bundle
+from exporters.bundle.manifest import BundleError, parse_manifest
+from exporters.bundle.verification import open_bundle, verify_bundle
+from exporters.engine.to_tensorrt import write_engine
 from exporters.request import ExportRequest
-from exporters.to_tensorrt import write_engine
 from exporters.workflow import export_run
 from tests.unit.bundle_models import bytes_below, policy, rewrite, verify
 from tests.unit.device_models import needs_tensorrt_rtx
@@ -146,7 +146,7 @@ def test_a_folder_with_something_else_is_never_replaced(write, tmp_path):
 
 
 def test_what_fails_leaves_nothing_behind(write, monkeypatch, tmp_path):
-    monkeypatch.setattr("exporters.bundle._README", "{unknown}")
+    monkeypatch.setattr("exporters.bundle.bundle._README", "{unknown}")
     with pytest.raises(KeyError):
         write()
     assert list(tmp_path.iterdir()) == []
@@ -286,7 +286,7 @@ def test_export_writes_a_bundle_even_if_tensorrt_is_missing(
     def missing(flavour=None):
         raise MissingDependencyError("tensorrt is not installed")
 
-    monkeypatch.setattr("exporters.to_tensorrt.import_tensorrt", missing)
+    monkeypatch.setattr("exporters.engine.to_tensorrt.import_tensorrt", missing)
     monkeypatch.setattr("cli.exporting.run_export", lambda *_, **__: (prepared, exported.made))
     prepared = exported.prepared
     arguments = (exported.run.path, "--trt", "--bundle", tmp_path / "b", "--samples", 20)

@@ -8,14 +8,14 @@ from pathlib import Path
 import onnx  # noqa: TID253 (makes a file)
 import pytest
 
-import exporters.bundle_verification
-import exporters.bundled_engines
+import exporters.bundle.engines
+import exporters.bundle.verification
 from compressor.device.kit_files import DeviceError, read_kit, sha256_of
 from compressor.errors import MissingDependencyError, UsageError
-from exporters.bundle import check_bundle_request
-from exporters.bundle_verification import is_bundle, open_bundle, verify_bundle
-from exporters.bundled_engines import EngineRun, HashedKit, rebuild_engine, run_engine
-from exporters.manifest import BundleError
+from exporters.bundle.bundle import check_bundle_request
+from exporters.bundle.engines import EngineRun, HashedKit, rebuild_engine, run_engine
+from exporters.bundle.manifest import BundleError
+from exporters.bundle.verification import is_bundle, open_bundle, verify_bundle
 from tests.unit.bundle_models import (
     ENGINE,
     RTX_VERSION,
@@ -60,9 +60,9 @@ def engine_calls(monkeypatch):
         calls.append(("rebuild", entry.file))
         return PASS
 
-    monkeypatch.setattr(exporters.bundle_verification, "run_engine", run)
-    monkeypatch.setattr(exporters.bundle_verification, "rebuild_engine", rebuild)
-    monkeypatch.setattr(exporters.bundle_verification, "why_no_engine_runs_here", lambda: None)
+    monkeypatch.setattr(exporters.bundle.verification, "run_engine", run)
+    monkeypatch.setattr(exporters.bundle.verification, "rebuild_engine", rebuild)
+    monkeypatch.setattr(exporters.bundle.verification, "why_no_engine_runs_here", lambda: None)
     return calls
 
 
@@ -90,7 +90,7 @@ def test_an_engine_is_built_anew_under_any_other_manifest(bundle, engine_calls):
 
 def test_without_a_gpu_nothing_is_built_and_the_reason_is_said(bundle, engine_calls, monkeypatch):
     monkeypatch.setattr(
-        exporters.bundle_verification, "why_no_engine_runs_here", lambda: "there is no GPU"
+        exporters.bundle.verification, "why_no_engine_runs_here", lambda: "there is no GPU"
     )
     shown = verify_bundle(open_bundle(bundle))
     assert engine_calls == []
@@ -104,7 +104,7 @@ def test_an_engine_that_answers_otherwise_fails_the_bundle(
 ):
     failed = EngineRun(status="FAIL", reason="clean logits are off by more than 2.0e-02")
     for name in ("run_engine", "rebuild_engine"):
-        monkeypatch.setattr(exporters.bundle_verification, name, lambda *_, **__: failed)
+        monkeypatch.setattr(exporters.bundle.verification, name, lambda *_, **__: failed)
     shown = verify_bundle(trusted(bundle) if anchored else open_bundle(bundle))
     assert (shown.verdict, int(shown.exit_code)) == ("FAIL", 5)
 
@@ -116,8 +116,8 @@ def test_an_engine_that_changes_while_it_is_verified_is_not_run(bundle, engine_c
         (bundle / ENGINE).write_bytes(b"another plan")
         return replayed(kit, name)
 
-    replayed = exporters.bundle_verification.replay
-    monkeypatch.setattr(exporters.bundle_verification, "replay", change_then_replay)
+    replayed = exporters.bundle.verification.replay
+    monkeypatch.setattr(exporters.bundle.verification, "replay", change_then_replay)
     shown = verify_bundle(opened)
     assert engine_calls == []
     assert shown.verdict == "FAIL"
@@ -130,8 +130,8 @@ def test_an_onnx_file_that_changes_while_it_is_verified_fails(bundle, engine_cal
         (bundle / "kit/model.int8.onnx").write_bytes(b"another")
         return replayed(kit, name)
 
-    replayed = exporters.bundle_verification.replay
-    monkeypatch.setattr(exporters.bundle_verification, "replay", change_then_replay)
+    replayed = exporters.bundle.verification.replay
+    monkeypatch.setattr(exporters.bundle.verification, "replay", change_then_replay)
     shown = verify_bundle(opened)
     assert shown.verdict == "FAIL"
     assert "was changed" in next(r.reason for r in shown.files if "int8" in r.file)
@@ -213,7 +213,7 @@ def ended(returncode, stdout="", stderr=""):
 )
 def test_how_a_process_ends_is_the_verdict(bundle, monkeypatch, end, status, says):
     """A crash is no skipped check."""
-    monkeypatch.setattr(exporters.bundled_engines, "_run", lambda *_, **__: end)
+    monkeypatch.setattr(exporters.bundle.engines, "_run", lambda *_, **__: end)
     kit = hashed_kit(bundle)
     ran = run_engine(kit, kit.kit.entry("model.fp16.onnx"), plan=b"plan", sidecar=b"{}")
     assert ran.status == status
@@ -222,7 +222,7 @@ def test_how_a_process_ends_is_the_verdict(bundle, monkeypatch, end, status, say
 
 
 def test_a_process_that_does_not_end_fails(bundle, monkeypatch):
-    monkeypatch.setattr(exporters.bundled_engines, "REPLAY_SECONDS", 0.01)
+    monkeypatch.setattr(exporters.bundle.engines, "REPLAY_SECONDS", 0.01)
     kit = hashed_kit(bundle)
     ran = run_engine(kit, kit.kit.entry("model.fp16.onnx"), plan=b"plan", sidecar=b"{}")
     assert (ran.status, "did not end within 0.01 s" in ran.reason) == ("FAIL", True)
@@ -230,7 +230,7 @@ def test_a_process_that_does_not_end_fails(bundle, monkeypatch):
 
 def test_a_build_that_fails_is_unverified(bundle, monkeypatch):
     monkeypatch.setattr(
-        exporters.bundled_engines, "_run", lambda *_, **__: ended(4, "", "Error: no memory")
+        exporters.bundle.engines, "_run", lambda *_, **__: ended(4, "", "Error: no memory")
     )
     kit = hashed_kit(bundle)
     ran = rebuild_engine(kit, kit.kit.entry("model.fp16.onnx"))

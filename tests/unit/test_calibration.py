@@ -13,8 +13,8 @@ from compressor.performance_settings import PerformanceSettings
 from compressor.recipe import DataRecipe
 from compressor.threat import ThreatModel
 from exporters import calibration
-from exporters.calibration import CALIBRATION_KINDS, CalibrationImages, as_input
 from exporters.held_out import held_out_images, spread
+from exporters.int8.calibration import CALIBRATION_KINDS, CalibrationImages, as_input
 
 SETTINGS = PerformanceSettings(device="cpu", training_dtype="float32", num_threads=1)
 RECIPE = DataRecipe(source="digits", validation_size=100)

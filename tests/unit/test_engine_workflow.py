@@ -10,12 +10,12 @@ from compressor.device.build_options import BuildOptions
 from compressor.errors import MissingDependencyError
 from compressor.networks import NetworkSpec, build_classifier
 from compressor.performance_settings import PerformanceSettings
-from exporters.engine_workflow import export_engine, export_kit
+from exporters.engine.to_tensorrt import import_tensorrt, write_engine
+from exporters.engine.workflow import export_engine, export_kit
+from exporters.int8.to_int8 import calibrate, write_int8
 from exporters.request import ExportRequest, Int8Request
 from exporters.to_float16 import write_float16
-from exporters.to_int8 import calibrate, write_int8
 from exporters.to_onnx import OnnxForm, write_onnx
-from exporters.to_tensorrt import import_tensorrt, write_engine
 from exporters.workflow import export_run
 
 SETTINGS = PerformanceSettings(device="cpu", training_dtype="float32", num_threads=1)

@@ -7,7 +7,7 @@ import torch
 
 from compressor.onnx_graph import NoPlainGraphError, read_graph
 from compressor.onnx_twin import differentiable_twin
-from exporters.int8_audit import (
+from exporters.int8.audit import (
     RangeUse,
     audit,
     broken_rules,
@@ -17,7 +17,7 @@ from exporters.int8_audit import (
     misfit_weights,
     range_use,
 )
-from exporters.to_int8 import calibrate, largest_magnitudes, write_int8
+from exporters.int8.to_int8 import calibrate, largest_magnitudes, write_int8
 
 
 @pytest.fixture(scope="module")

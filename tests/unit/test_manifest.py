@@ -5,7 +5,7 @@ import json
 import pytest
 
 from compressor.errors import ArtefactMismatchError
-from exporters.manifest import Drop, HopFacts, parse_manifest, printable
+from exporters.bundle.manifest import Drop, HopFacts, parse_manifest, printable
 from tests.unit.bundle_models import ENGINE, hop, make_bundle
 
 

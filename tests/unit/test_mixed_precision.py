@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from compressor.paired_difference import PairedDrop
-from exporters.mixed_precision import (
+from exporters.int8.mixed_precision import (
     MAX_FLOAT_SHARE,
     LayerSensitivity,
     keep_until_inside,

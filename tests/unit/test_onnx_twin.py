@@ -16,8 +16,8 @@ from compressor.onnx_model import load_onnx_model
 from compressor.onnx_twin import differentiable_twin, trainable_twin
 from compressor.quantization import FakeQuantize
 from compressor.quantization_workflow import float_weights
+from exporters.int8.to_int8 import calibrate, quantized_layers, write_fine_tuned, write_int8
 from exporters.to_float16 import write_float16
-from exporters.to_int8 import calibrate, quantized_layers, write_fine_tuned, write_int8
 from exporters.to_onnx import OnnxForm, write_onnx
 from tests.onnx_files import constant, linear_model, model_of_nodes, node
 

@@ -1,9 +1,9 @@
 """Memory of a target, measured in a process of its own."""
 
-import exporters.peak_memory
-from exporters.benchmark import Measured
-from exporters.benchmark_targets import find_targets
-from exporters.peak_memory import peak_memories_mib
+import exporters.benchmark.peak_memory
+from exporters.benchmark.measurement import Measured
+from exporters.benchmark.peak_memory import peak_memories_mib
+from exporters.benchmark.targets import find_targets
 from tests.unit.benchmark_models import World, save_onnx
 
 
@@ -18,7 +18,7 @@ def test_peak_memory_is_that_of_the_target(tmp_path):
 
 
 def test_memory_that_cannot_be_measured_is_not_guessed(tmp_path, monkeypatch):
-    monkeypatch.setattr(exporters.peak_memory.sys, "executable", "/bin/false")
+    monkeypatch.setattr(exporters.benchmark.peak_memory.sys, "executable", "/bin/false")
     target = World().target("A", tmp_path, 1)
     cells = [Measured(target=target, batch_size=size, num_threads=1) for size in (8, 1)]
     assert peak_memories_mib(cells) == {"A": None}

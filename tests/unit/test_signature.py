@@ -6,8 +6,8 @@ import json
 import pytest
 
 from compressor.errors import ArtefactMismatchError
-from exporters.manifest import BundleError
-from exporters.signature import check_signature, load_private_key, load_public_key, sign
+from exporters.bundle.manifest import BundleError
+from exporters.bundle.signature import check_signature, load_private_key, load_public_key, sign
 
 pytest.importorskip("cryptography")
 from cryptography.hazmat.primitives import hashes, serialization  # noqa: E402

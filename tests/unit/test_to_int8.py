@@ -10,8 +10,8 @@ import torch
 from compressor.errors import UsageError
 from compressor.onnx_graph import read_graph
 from compressor.onnx_model import load_onnx_model
-from exporters.int8_audit import broken_rules
-from exporters.to_int8 import (
+from exporters.int8.audit import broken_rules
+from exporters.int8.to_int8 import (
     CALIBRATION_METHODS,
     calibrate,
     calibration_method,

@@ -26,8 +26,8 @@ from compressor.verification.artefact import compared_images
 from compressor.verification.rows import cost_rows
 from compressor.verification.target import load_target, open_target, refuse_other_source
 from compressor.weights import sha256_of_file
+from exporters.int8.to_int8 import calibrate, write_int8
 from exporters.request import ExportRequest
-from exporters.to_int8 import calibrate, write_int8
 from exporters.workflow import export_run
 from tests.onnx_files import linear_model, value, without_twin
 

@@ -43,8 +43,8 @@ from compressor.verification.samples import Sample
 from compressor.verification.verification import Verification, attack_chunks
 from compressor.verification_workflow import conclude, verify
 from compressor.weights import sha256_of_file
+from exporters.int8.to_int8 import calibrate, write_int8
 from exporters.request import ExportRequest
-from exporters.to_int8 import calibrate, write_int8
 from exporters.workflow import export_run
 from tests.onnx_files import appended, constant, without_twin
 

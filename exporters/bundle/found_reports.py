@@ -12,7 +12,7 @@ from compressor.errors import RunError
 from compressor.gate.result import GateResult
 from compressor.reports.report import RobustnessReport
 from compressor.run_directory import RunDirectory
-from exporters.manifest import REPORT_FOLDER, BundledGate, BundledReport
+from exporters.bundle.manifest import REPORT_FOLDER, BundledGate, BundledReport
 
 MAX_REPORT_BYTES = 64 << 20
 _VERIFICATIONS = "verify-*"

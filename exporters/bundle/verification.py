@@ -15,8 +15,7 @@ from typing import Literal, cast
 from compressor.device.kit_files import KIT_FILE, DeviceError, read_kit, read_limited, sha256_of
 from compressor.device.replay import Agreement, replay
 from compressor.errors import ArtefactMismatchError, ExitCode, UsageError
-from exporters.bundle_integrity import Problem, find_problems
-from exporters.bundled_engines import (
+from exporters.bundle.engines import (
     EngineRun,
     HashedKit,
     Status,
@@ -24,7 +23,8 @@ from exporters.bundled_engines import (
     run_engine,
     why_no_engine_runs_here,
 )
-from exporters.manifest import (
+from exporters.bundle.integrity import Problem, find_problems
+from exporters.bundle.manifest import (
     KIT_FOLDER,
     MANIFEST_FILE,
     MAX_MANIFEST_BYTES,
@@ -34,7 +34,7 @@ from exporters.manifest import (
     BundleManifest,
     parse_manifest,
 )
-from exporters.signature import MAX_SIGNATURE_BYTES, check_signature, load_public_key
+from exporters.bundle.signature import MAX_SIGNATURE_BYTES, check_signature, load_public_key
 
 Anchor = Literal["sha256", "signature"]
 _KIT_JSON = f"{KIT_FOLDER}/{KIT_FILE}"

@@ -13,14 +13,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from exporters.benchmark import Measured
-from exporters.benchmark_target import BenchTarget
+from exporters.benchmark.measurement import Measured
+from exporters.benchmark.target import BenchTarget
 
 _CHILD_SECONDS = 300
 _CHILD = """
 import json, resource, sys
 import numpy, onnx, onnxruntime
-from exporters.benchmark_targets import find_targets
+from exporters.benchmark.targets import find_targets
 source, shape, takes_bytes, options = json.loads(sys.argv[1])
 images = numpy.ones(shape, numpy.uint8 if takes_bytes else numpy.float32)
 if source:
@@ -54,7 +54,7 @@ def _peak_kib(source: str, target: BenchTarget, *, batch_size: int) -> int | Non
     trusted = [target.sidecar_sha256] if target.sidecar_sha256 else []
     options = {"provider": target.provider, "trusted_sha256": trusted}
     asked = [source, [batch_size, *target.image_shape], target.takes_bytes, options]
-    root = str(Path(__file__).parents[1])
+    root = str(Path(__file__).parents[2])
     paths = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     try:
         done = subprocess.run(

@@ -24,10 +24,10 @@ from compressor.reports.markdown import markdown_table, plain
 from compressor.reports.pareto import pareto_picture, standalone_svg
 from compressor.reports.sections import Table
 from compressor.run_directory import RunDirectory, write_json_atomically, write_text_atomically
-from exporters.benchmark import Measured, Plan, measure
-from exporters.benchmark_target import BenchTarget
-from exporters.benchmark_verdicts import fronts, notes, verdicts
-from exporters.peak_memory import peak_memories_mib
+from exporters.benchmark.measurement import Measured, Plan, measure
+from exporters.benchmark.peak_memory import peak_memories_mib
+from exporters.benchmark.target import BenchTarget
+from exporters.benchmark.verdicts import fronts, notes, verdicts
 
 _PACKAGES = ("torch", "onnxruntime", "onnxruntime-gpu", "numpy")
 

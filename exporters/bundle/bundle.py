@@ -30,10 +30,8 @@ from compressor.run_directory import (
     read_json,
     write_bytes_atomically,
 )
-from exporters.engine_workflow import export_kit
-from exporters.exported_model import ExportedModel, verification_table
-from exporters.found_reports import FoundReports, find_reports
-from exporters.manifest import (
+from exporters.bundle.found_reports import FoundReports, find_reports
+from exporters.bundle.manifest import (
     ENGINE_FOLDER,
     KIT_FOLDER,
     MANIFEST_FILE,
@@ -49,8 +47,10 @@ from exporters.manifest import (
     ThreatFacts,
     parse_manifest,
 )
+from exporters.bundle.signature import load_private_key, sign
+from exporters.engine.workflow import export_kit
+from exporters.exported_model import ExportedModel, verification_table
 from exporters.request import Prepared
-from exporters.signature import load_private_key, sign
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric import ec

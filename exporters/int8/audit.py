@@ -13,7 +13,7 @@ from compressor.onnx_graph import OnnxGraph, OnnxNode
 from compressor.onnx_twin import OnnxTwin
 from compressor.quantization import INT8_MAX, FakeQuantize, channel_scales
 from exporters.held_out import BATCH_SIZE
-from exporters.to_int8 import QUANTIZED_OPERATORS
+from exporters.int8.to_int8 import QUANTIZED_OPERATORS
 
 _MIN_USED_FRACTION = 0.4
 """Of the range of an activation. Ranges found on training images are used to 0.7 and more on

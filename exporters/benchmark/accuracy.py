@@ -8,7 +8,7 @@ from compressor.errors import RunError, UsageError
 from compressor.reports.benchmark import Accuracy, printable
 from compressor.reports.report import RobustnessReport, read_report
 from compressor.reports.sections import threat_text
-from exporters.benchmark_target import BenchTarget
+from exporters.benchmark.target import BenchTarget
 
 
 def find_accuracies(

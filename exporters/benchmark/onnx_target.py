@@ -4,7 +4,7 @@ from pathlib import Path
 
 from compressor.errors import ArtefactMismatchError, UsageError
 from compressor.onnx_model import OnnxModel, load_onnx_model
-from exporters.benchmark_target import Answer, BenchTarget, Images, ImageShape
+from exporters.benchmark.target import Answer, BenchTarget, Images, ImageShape
 
 
 def onnx_target(

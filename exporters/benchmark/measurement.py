@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from exporters.benchmark_target import Answer, BenchTarget
+from exporters.benchmark.target import Answer, BenchTarget
 
 _MIN_CALLS, _MAX_CALLS = 3, 10_000  # that are timed in one turn
 _WARM_UP_SHARE = 0.1  # of the time of a measurement

@@ -26,10 +26,10 @@ from compressor.device.kit_files import (
 from compressor.device.replay import replay
 from compressor.errors import ArtefactMismatchError
 from compressor.run_directory import folder_written_atomically
-from exporters.golden import Golden
-from exporters.kit_texts import SCRIPTS, readme
+from exporters.engine.golden import Golden
+from exporters.engine.kit_texts import SCRIPTS, readme
+from exporters.engine.to_tensorrt import read_checked_onnx
 from exporters.to_onnx import ExportError
-from exporters.to_tensorrt import read_checked_onnx
 
 if TYPE_CHECKING:
     from onnx import ModelProto, ValueInfoProto

@@ -10,8 +10,8 @@ from pathlib import Path, PurePosixPath
 
 from compressor.device.kit_files import KIT_FILE, DeviceError, read_kit, read_limited
 from compressor.errors import RunError
-from exporters.found_reports import MAX_REPORT_BYTES, parse_gate, parse_report
-from exporters.manifest import (
+from exporters.bundle.found_reports import MAX_REPORT_BYTES, parse_gate, parse_report
+from exporters.bundle.manifest import (
     KIT_FOLDER,
     MANIFEST_FILE,
     SIGNATURE_FILE,

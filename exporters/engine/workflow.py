@@ -20,19 +20,19 @@ from compressor.device.tensorrt_runtime import TensorRT
 from compressor.errors import ArtefactMismatchError, TooLossyError
 from compressor.onnx_model import load_onnx_model
 from compressor.run_directory import read_json, write_json_atomically
-from exporters.build_kit import KitModel, write_build_kit
-from exporters.calibration import as_input
+from exporters.engine.build_kit import KitModel, write_build_kit
+from exporters.engine.golden import Golden
+from exporters.engine.to_tensorrt import EngineFacts, device_errors_explained, write_engine
 from exporters.exported_model import (
     ExportedModel,
     ExportVerification,
     Variant,
     verification_table,
 )
-from exporters.golden import Golden
 from exporters.held_out import answers
 from exporters.hops import prove_hop
+from exporters.int8.calibration import as_input
 from exporters.request import Prepared, twin_of
-from exporters.to_tensorrt import EngineFacts, device_errors_explained, write_engine
 
 NUM_GOLDEN_IMAGES = 32
 """Clean, and as many adversarial; together a few hundred kB for small images."""
@@ -76,7 +76,7 @@ def export_kit(
     options: BuildOptions,
     folder: Path | None = None,
 ) -> Path:
-    """Write the build kit of some files; see `exporters.build_kit`.
+    """Write the build kit of some files; see `exporters.engine.build_kit`.
 
     Raises:
         ExportError: if a file cannot go into a kit.

@@ -8,8 +8,8 @@ from compressor.device.kit_files import DeviceError, read_limited, sha256_of
 from compressor.engine_model import EngineModel, load_engine_model, sidecar_of
 from compressor.errors import ArtefactMismatchError, RobustCompressError, WeightsError
 from compressor.weights import sha256_of_file
-from exporters.benchmark_onnx import onnx_target
-from exporters.benchmark_target import Answer, BenchTarget, Images, ImageShape
+from exporters.benchmark.onnx_target import onnx_target
+from exporters.benchmark.target import Answer, BenchTarget, Images, ImageShape
 
 _MAX_SIDECAR_BYTES = 1 << 20
 

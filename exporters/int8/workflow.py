@@ -10,20 +10,20 @@ from torch import Tensor
 
 from compressor.onnx_graph import read_graph
 from compressor.onnx_model import load_onnx_model
-from exporters.calibration import CALIBRATION_KINDS, CalibrationImages, CalibrationKind
 from exporters.exported_model import ExportVerification, Variant
 from exporters.held_out import answers
 from exporters.hops import prove_hop, signal_to_noise_db
-from exporters.int8_audit import audit, layer_weights
-from exporters.mixed_precision import LayerSensitivity, Trial, keep_until_inside, rank_layers
-from exporters.request import Prepared, twin_of
-from exporters.to_int8 import (
+from exporters.int8.audit import audit, layer_weights
+from exporters.int8.calibration import CALIBRATION_KINDS, CalibrationImages, CalibrationKind
+from exporters.int8.mixed_precision import LayerSensitivity, Trial, keep_until_inside, rank_layers
+from exporters.int8.to_int8 import (
     calibrate,
     largest_magnitudes,
     quantized_layers,
     write_fine_tuned,
     write_int8,
 )
+from exporters.request import Prepared, twin_of
 
 if TYPE_CHECKING:
     from onnxruntime.quantization.calibrate import TensorsData
@@ -87,7 +87,7 @@ def _layer_table(layer: LayerSensitivity) -> dict[str, Any]:
 
 
 FineTune = Callable[[Path, Path], Mapping[str, Tensor]]
-"""(float32 file, int8 file) -> what `exporters.to_int8.write_fine_tuned` takes."""
+"""(float32 file, int8 file) -> what `exporters.int8.to_int8.write_fine_tuned` takes."""
 
 
 def make_int8(

@@ -23,11 +23,11 @@ from compressor.onnx_model import load_onnx_model
 from compressor.onnx_providers import Provider
 from compressor.run_directory import RunDirectory
 from compressor.weights import count_classes, read_state_dict, sha256_of_file
-from exporters.benchmark_engines import engine_of_run, engine_target
-from exporters.benchmark_onnx import onnx_target
-from exporters.benchmark_target import Answer, BenchTarget, Images, ImageShape
-from exporters.manifest import KIT_FOLDER, MANIFEST_FILE
-from exporters.to_tensorrt import device_errors_explained
+from exporters.benchmark.engine_targets import engine_of_run, engine_target
+from exporters.benchmark.onnx_target import onnx_target
+from exporters.benchmark.target import Answer, BenchTarget, Images, ImageShape
+from exporters.bundle.manifest import KIT_FOLDER, MANIFEST_FILE
+from exporters.engine.to_tensorrt import device_errors_explained
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressor.errors import ArtefactMismatchError, MissingDependencyError
-from exporters.manifest import MANIFEST_FILE, SIGNATURE_FILE, BundleError
+from exporters.bundle.manifest import MANIFEST_FILE, SIGNATURE_FILE, BundleError
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric import ec

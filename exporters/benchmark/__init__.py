@@ -1,0 +1,1 @@
+"""Latency, memory and size of a run's files, measured side by side."""

@@ -1,0 +1,1 @@
+"""TensorRT engines, and the kit that builds them on another machine."""
