@@ -19,7 +19,7 @@ from compressor.errors import RunError, UsageError
 
 if TYPE_CHECKING:
     from compressor.onnx_providers import Provider
-    from compressor.reports.benchmark import Benchmark
+    from compressor.reports.benchmark import Accuracy, Benchmark
     from exporters.benchmark.target import BenchTarget, ImageShape
 
 _MAX_BATCH_SIZE, _MAX_THREADS, _MAX_TARGETS = 65_536, 1_024, 60
@@ -67,9 +67,10 @@ def bench(
 ) -> None:
     """Measure latency, throughput, memory and size in turn; write bench.json, .md and .svg.
 
-    A run stands for its network and all files in its `exports`. Engines are programs, and run
-    only if you name the hash of their sidecar. Accuracies are those that `verify` found for the
-    very same file. For example a run, files of two runs, and an engine:
+    A run stands for its network and the files in its `exports` that were made from it; older ones
+    are named and left out. Engines are programs, and run only if you name the hash of their
+    sidecar. Accuracies are those that `verify` found for the very same file. For example a run,
+    files of two runs, and an engine:
 
     `robust-compress bench runs/mine`
 
@@ -89,14 +90,13 @@ def bench(
     )
     output = Output(as_json=as_json)
     with output.console.status("Opening the targets") as status:
-        from exporters.benchmark.accuracy import find_accuracies
         from exporters.benchmark.measurement import Plan
         from exporters.benchmark.report import num_usable_cores, run_benchmark, write_benchmark
 
-        found = _find(targets, asked)
+        found, left_out = _find(targets, asked)
         folder = out or _folder(targets, found)
         _refuse_unwritable(folder)
-        accuracies = find_accuracies(found, report or ())
+        accuracies = _accuracies(found, report or ())
         plan = Plan(
             batch_sizes=sizes,
             thread_counts=counts or tuple(sorted({1, num_usable_cores()})),
@@ -111,9 +111,10 @@ def bench(
         benchmark = run_benchmark(
             found, plan, accuracies, observe=lambda text: status.update(escape(text))
         )
-    paths = write_benchmark(benchmark, folder)
-    output.result(benchmark.model_dump(mode="json") | {"files": [str(path) for path in paths]})
-    print_benchmark(benchmark, output)
+    paths = write_benchmark(benchmark, folder, left_out=left_out)
+    about = {"files": [str(path) for path in paths], "left_out": left_out}
+    output.result(benchmark.model_dump(mode="json") | about)
+    print_benchmark(benchmark, output, left_out=left_out)
     output.say(f"\nWritten: {paths[0]}, {', '.join(path.name for path in paths[1:])}")
     output.next_command(_next(benchmark, found, paths))
 
@@ -164,24 +165,48 @@ class _Asked:
     trusted_sha256: Sequence[str]
 
 
-def _find(sources: list[str], asked: _Asked) -> "list[BenchTarget]":
-    """Each file once, however often it is named."""
+def _find(sources: list[str], asked: _Asked) -> "tuple[list[BenchTarget], list[str]]":
+    """Each file once, however often it is named; and what is to be said of those that are stale."""
     from exporters.benchmark.targets import find_targets
 
     found: dict[Path, BenchTarget] = {}
+    stale: dict[Path, str] = {}
+
+    def leave_out(path: Path, why: str) -> None:
+        stale[path.resolve()] = f"Left out: {path}, {why}."
+
     for source in sources:
         for target in find_targets(
             source,
             image_shape=asked.image_shape,
             provider=asked.provider,
             trusted_sha256=asked.trusted_sha256,
+            leave_out=leave_out,
         ):
             file = Path(target.source.rpartition(":")[2])
             found.setdefault((file if file.is_file() else Path(target.source)).resolve(), target)
     if len(found) > _MAX_TARGETS:
         raise UsageError(f"{len(found)} targets are too many; at most {_MAX_TARGETS} at once")
     _refuse_idle(asked, list(found.values()))
-    return list(found.values())
+    lines = [line for path, line in stale.items() if path not in found]
+    lines += [
+        f"{target.source} was made from other weights than its run holds now, so reports on it are "
+        "taken only if --report names them; export it again."
+        for target in found.values()
+        if target.is_stale
+    ]
+    return list(found.values()), lines
+
+
+def _accuracies(found: "list[BenchTarget]", reports: Sequence[Path]) -> "dict[str, Accuracy]":
+    """Those of stale files only where the user names the report."""
+    from compressor.reports.report import read_report
+    from exporters.benchmark.accuracy import find_accuracies
+
+    known = find_accuracies(found, reports)
+    named = {read_report(path).target.sha256 for path in reports}
+    stale = {target.sha256 for target in found if target.is_stale} - named
+    return {sha256: accuracy for sha256, accuracy in known.items() if sha256 not in stale}
 
 
 def _refuse_idle(asked: _Asked, found: "list[BenchTarget]") -> None:
@@ -224,7 +249,7 @@ def _next(benchmark: "Benchmark", found: "list[BenchTarget]", paths: list[Path])
     from compressor.run_directory import RunDirectory
 
     for row, target in zip(benchmark.targets, found, strict=True):
-        if row.accuracy is None and not target.why_not:
+        if row.accuracy is None and not target.why_not and not target.is_stale:
             run, path = RunDirectory(target.folder), Path(target.source)
             is_network = run.model == path and run.resolved_recipe.is_file()
             words = ["robust-compress", "verify", str(run.path if is_network else path)]

@@ -1,5 +1,6 @@
 """A benchmark in the terminal."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from cli.output import Output
@@ -8,15 +9,17 @@ if TYPE_CHECKING:
     from compressor.reports.benchmark import Benchmark
 
 
-def print_benchmark(benchmark: "Benchmark", output: Output) -> None:
-    """Tables that fit 80 columns, and what follows from them."""
+def print_benchmark(
+    benchmark: "Benchmark", output: Output, *, left_out: Sequence[str] = ()
+) -> None:
+    """Tables that fit 80 columns, and what follows from them, first what was left out."""
     from exporters.benchmark.verdicts import fronts, notes, verdicts
 
     _print_latency(benchmark, output)
     _print_sizes(benchmark, output)
     _print_accuracy(benchmark, output)
     output.title("What follows")
-    for line in [*verdicts(benchmark), *fronts(benchmark)]:
+    for line in [*left_out, *verdicts(benchmark), *fronts(benchmark)]:
         output.say(line)
     output.title("How it was measured")
     for line in notes(benchmark):

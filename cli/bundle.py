@@ -15,6 +15,7 @@ from compressor.errors import MissingDependencyError, UsageError
 
 if TYPE_CHECKING:
     from compressor.device.build_options import BuildOptions
+    from exporters.bundle.bundle import WrittenBundle
     from exporters.bundle.manifest import HopFacts
     from exporters.bundle.verification import BundleVerification, FileResult
     from exporters.exported_model import ExportedModel
@@ -83,27 +84,8 @@ def bundled(
             engines=[Path(row["path"]) for row in result.get("engines", ())],
             signing_key=signing_key,
         )
-        facts = written.manifest
-        result["bundle"] = {
-            "path": str(target),
-            "manifest_sha256": written.manifest_sha256,
-            "num_bytes": written.num_bytes,
-            "is_signed": written.is_signed,
-            "reports": [row.file for row in facts.reports],
-            "gate": None if facts.gate is None else [row.file for row in facts.gate],
-            "unreadable_reports": [str(path) for path, _ in written.unreadable],
-        }
-        signed = "signed" if written.is_signed else "not signed"
-        output.title(f"Bundle: {target}, {written.num_bytes:,} bytes, {signed}")
-        for line in _claims(facts.reports, facts.gate):
-            output.say(f"  {line}")
-        for path, why in written.unreadable:
-            output.say(f"  left out: {path}: {why}")
-        output.say("Its hash, to be kept apart from it:")
-        output.say(
-            f"  robust-compress verify {shlex.quote(str(target))} --manifest-sha256 "
-            f"{written.manifest_sha256}"
-        )
+        result["bundle"] = _written_table(written)
+        _print_written(written, output)
 
     try:
         yield
@@ -116,6 +98,33 @@ def bundled(
         ) from None
     if folder is not None:
         write(folder)
+
+
+def _written_table(written: "WrittenBundle") -> dict[str, Any]:
+    facts = written.manifest
+    return {
+        "path": str(written.folder),
+        "manifest_sha256": written.manifest_sha256,
+        "num_bytes": written.num_bytes,
+        "is_signed": written.is_signed,
+        "reports": [row.file for row in facts.reports],
+        "gate": None if facts.gate is None else [row.file for row in facts.gate],
+        "unreadable_reports": [str(path) for path, _ in written.unreadable],
+    }
+
+
+def _print_written(written: "WrittenBundle", output: Output) -> None:
+    signed = "signed" if written.is_signed else "not signed"
+    output.title(f"Bundle: {written.folder}, {written.num_bytes:,} bytes, {signed}")
+    for line in _claims(written.manifest.reports, written.manifest.gate):
+        output.say(f"  {line}")
+    for path, why in written.unreadable:
+        output.say(f"  left out: {path}: {why}")
+    output.say("Its hash, to be kept apart from it:")
+    command = f"robust-compress verify {shlex.quote(str(written.folder))} --manifest-sha256"
+    output.console.print(  # to be copied in one piece, however narrow the terminal
+        f"  {command} {written.manifest_sha256}", markup=False, soft_wrap=True
+    )
 
 
 def verify_bundle_folder(

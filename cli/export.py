@@ -84,7 +84,7 @@ def export(
     samples: Annotated[
         int,
         typer.Option(
-            min=10, help="Held-out images on which files are compared.", rich_help_panel=_PROOF
+            min=100, help="Held-out images on which files are compared.", rich_help_panel=_PROOF
         ),
     ] = 500,
     qat: Annotated[
@@ -187,6 +187,7 @@ def export(
     from cli.bundle import bundled, check_bundle_options
     from cli.export_display import print_plan
     from cli.export_options import (
+        check_timing_cache,
         parse_formats,
         parse_int8,
         parse_opset,
@@ -195,11 +196,12 @@ def export(
     )
     from cli.exporting import export_engines, run_export
     from compressor.device.build_options import BuildOptions
+    from compressor.device.kit_files import DeviceError
+    from compressor.errors import UsageError
     from compressor.performance import resolve_performance
     from compressor.performance_settings import PerformanceSettings
     from compressor.run_directory import RunDirectory
-    from exporters.engine.to_tensorrt import device_errors_explained
-    from exporters.hops import Budget
+    from exporters.budget import Budget
     from exporters.request import ExportRequest
     from exporters.workflow import as_table
 
@@ -224,7 +226,8 @@ def export(
         num_images=samples,
     )
     wanted = parse_formats([*(formats or []), *(["engine"] if trt else [])])
-    with device_errors_explained():
+    check_timing_cache(timing_cache)
+    try:
         options = BuildOptions(
             batch=parse_sizes(batch, static),
             workspace_mib=workspace_mib,
@@ -234,10 +237,12 @@ def export(
             hardware_compatible=hardware_compatible,
             compute_capabilities=tuple(compute_capability or ()),
         )
-    if dry_run:
-        print_plan(request, wanted, output)
-        return
+    except DeviceError as error:
+        raise UsageError(str(error)) from None
     check_bundle_options(bundle, signing_key)
+    if dry_run:
+        print_plan(request, wanted, output, bundle=bundle)
+        return
     prepared, made = run_export(request, output, qat_epochs=qat)
     result: dict[str, Any] = {"files": [as_table(e) | {"path": str(e.path)} for e in made]}
     with bundled(

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 from cli.output import Output
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from exporters.exported_model import ExportedModel
     from exporters.request import ExportRequest
     from exporters.worth import Worth
@@ -52,11 +54,13 @@ def _how_it_was_made(exported: "ExportedModel") -> list[str]:
         return []
     tried = ", ".join(
         f"{row['kind']} {row['robust']['num_correct']} of {row['robust']['num_total']}"
+        + ("" if row["status"] == "verified" else f" ({row['status'].replace('_', ' ')})")
         for row in details["calibrations"]
     )
     lines = [
         f"calibrated by {details['calibration_method']} on {details['num_calibration_images']} "
-        f"{details['calibration_kind']} training images; robust held-out images: {tried}"
+        f"{details['calibration_kind']} training images; robust on images held out to choose by: "
+        f"{tried}"
     ]
     kept = [layer for layer in details["layers"] if layer["is_kept"]]
     if kept:
@@ -66,20 +70,24 @@ def _how_it_was_made(exported: "ExportedModel") -> list[str]:
 
 
 def _why_kept(layer: dict[str, Any]) -> str:
-    drop = layer["robust_drop"]
-    lost = "" if drop is None else f", and {100 * drop:.1f} points under attack"
-    return (
-        f"{layer['name']}: quantised alone it leaves {layer['sqnr_db']:.1f} dB of the logits{lost} "
-        f"({layer['num_weights']:,} weights)"
-    )
+    drop, sqnr_db = layer["robust_drop"], layer["sqnr_db"]
+    lost = "" if drop is None else f", and costs {100 * drop:.1f} points under attack"
+    left = "changes nothing" if sqnr_db is None else f"leaves {sqnr_db:.1f} dB of the logits"
+    return f"{layer['name']}: quantised alone it {left}{lost} ({layer['num_weights']:,} weights)"
 
 
-def print_plan(request: "ExportRequest", formats: list[str], output: Output) -> None:
+def print_plan(
+    request: "ExportRequest", formats: list[str], output: Output, *, bundle: "Path | None"
+) -> None:
     """What `export` would write."""
     from exporters.exported_model import PRECISIONS
 
     wanted = [p for p in PRECISIONS if p == "fp32" or p in request.precisions]
     paths = [str(request.run.onnx(p)) for p in wanted]
+    if "engine" in formats:
+        paths += [str(request.run.build_kit)]
+        paths += [str(request.run.engine(p)) for p in PRECISIONS if p in request.precisions]
+    paths += [] if bundle is None else [str(bundle)]
     output.title("Would write")
     for path in paths:
         output.say(f"  {path}")

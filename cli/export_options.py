@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING
 from compressor.errors import UsageError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from exporters.exported_model import Precision
     from exporters.request import Int8Request
 
@@ -52,6 +54,17 @@ def parse_sizes(text: str | None, static: int | None) -> tuple[int, int, int] | 
     if static is not None:
         return static, static, static
     return None if text is None else parse_batch(text)
+
+
+def check_timing_cache(path: "Path | None") -> None:
+    """It may be missing, but not a folder; found out before an hour of work.
+
+    Raises:
+        UsageError: if it cannot be written.
+    """
+    if path is not None and (path.is_dir() or not path.parent.is_dir()):
+        what = "a folder" if path.is_dir() else f"in {path.parent}, which is no folder"
+        raise UsageError(f"--timing-cache {path} is {what}; give a file")
 
 
 def parse_opset(value: int | None) -> int:

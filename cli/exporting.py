@@ -50,6 +50,11 @@ def run_export(
     with status:
         prepared, made = export_run(request, fine_tune=fine_tune, tell=tell)
     print_files(made, output)
+    if prepared.held_out.num_images < request.num_images:
+        output.say(
+            f"The run holds out {prepared.data.validation.num_images} images; half of them judge, "
+            "half choose."
+        )
     if len(made) > 1:
         print_worth(worth_of(prepared, made), output)
     return prepared, made
@@ -76,7 +81,7 @@ def export_engines(
     wanted = [e for e in made if e.precision in prepared.request.precisions]
     kit = export_kit(prepared, wanted, options=options)
     output.title(f"Build kit: {kit}")
-    output.say("  Copy it to the device; python build_engine.py builds there, replay.py proves it.")
+    output.say("  Copy it to the device: python3 build_engine.py builds there, replay.py proves.")
     try:
         tensorrt = import_tensorrt()
     except MissingDependencyError as error:
@@ -126,7 +131,7 @@ def _fine_tune(
         resume_command="the same command again",
     )
 
-    def run(float32: "Path", int8: "Path") -> "Mapping[str, Tensor]":
+    def run(float32: "Path", int8: "Path", judging_N: "Tensor") -> "Mapping[str, Tensor]":
         status.stop()
         try:
             with stop_wish() as stop, training_display(output) as observe:
@@ -134,6 +139,7 @@ def _fine_tune(
                     asked,
                     float32=float32,
                     int8=int8,
+                    judging_N=judging_N,
                     takes_bytes=request.takes_bytes,
                     observe=observe,
                     stop=stop,

@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 def gate(
     target: Annotated[
         Path | None,
-        typer.Argument(metavar="REPORT|RUN", help="A report.json, or a run that has one."),
+        typer.Argument(
+            metavar="REPORT|RUN|FILE",
+            help="A report.json, a run that has one, or a verified FILE.onnx or FILE.engine.",
+        ),
     ] = None,
     policy_path: Annotated[
         Path | None, typer.Option("--policy", metavar="FILE", help="The rules, in TOML.")
@@ -104,7 +107,7 @@ def gate(
         _plan(target, policy, assumed_accuracy=assume, output=output)
         return
     if target is None:
-        raise UsageError("which REPORT or RUN? Only --plan does without one")
+        raise UsageError("which REPORT, RUN or FILE? Only --plan does without one")
     if live:
         result = _attack(
             target,

@@ -1,5 +1,6 @@
 """The app as a list of commands, the only try/except, and the entry point."""
 
+import errno
 import sys
 import traceback
 from typing import Annotated, cast
@@ -91,7 +92,9 @@ def main() -> None:
         sys.exit(int(error.exit_code))
     except OSError as error:  # a full disk, a folder that may not be written
         place = f"{error.filename}: " if error.filename else ""
-        print_error(RunError(f"{place}{error.strerror}"), as_json="--json" in sys.argv)
+        advice = "; make room, or choose another folder" if error.errno == errno.ENOSPC else ""
+        text = f"{place}{error.strerror or error}{advice}"
+        print_error(RunError(text), as_json="--json" in sys.argv)
         sys.exit(int(ExitCode.KNOWN_ERROR))
     except KeyboardInterrupt:
         sys.exit(int(ExitCode.INTERRUPTED))

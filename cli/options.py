@@ -24,7 +24,7 @@ DtypeOption = Annotated[
     str, typer.Option("--dtype", help="Format of training: auto, float32 or bfloat16.")
 ]
 ThreadsOption = Annotated[
-    int | None, typer.Option("--threads", min=1, help="CPU threads [default: all cores].")
+    int | None, typer.Option("--threads", min=1, max=1024, help="CPU threads [default: all cores].")
 ]
 ProviderOption = Annotated[
     str,

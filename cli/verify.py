@@ -27,7 +27,8 @@ def verify(
     target: Annotated[
         str,
         typer.Argument(
-            metavar="TARGET", help="A run, ARCH:WEIGHTS, WEIGHTS, FILE.onnx or a bundle."
+            metavar="TARGET",
+            help="A run, ARCH:WEIGHTS, WEIGHTS, FILE.onnx, FILE.engine, or a bundle.",
         ),
     ],
     source: Annotated[
@@ -44,9 +45,11 @@ def verify(
         str, typer.Option(help="fast, or compat: the cascade as AutoAttack was released.")
     ] = "fast",
     epsilon: Annotated[
-        str | None, typer.Option(help="Radius, such as 8/255 [default: that of the run].")
+        str | None, typer.Option(help="Radius, such as 8/255 [default: of the run or file].")
     ] = None,
-    norm: Annotated[str | None, typer.Option(help="linf or l2 [default: that of the run].")] = None,
+    norm: Annotated[
+        str | None, typer.Option(help="linf or l2 [default: of the run or file].")
+    ] = None,
     samples: Annotated[
         int | None,
         typer.Option(min=1, help="A random part of the images, classes in proportion."),
@@ -89,6 +92,8 @@ def verify(
     `robust-compress verify runs/mine/exports/model.fp32.onnx --source runs/mine`
 
     `robust-compress verify BUNDLE --manifest-sha256 HASH`
+
+    `robust-compress verify FILE.engine --manifest-sha256 HASH --data imagefolder:DATA`
     """
     from cli.bundle import is_bundle, verify_bundle_folder
 

@@ -150,6 +150,16 @@ def selected_candidate(run: RunDirectory) -> Best:
     return Best(**table["best"])
 
 
+def last_method_state(run: RunDirectory) -> Mapping[str, object]:
+    """`dataclasses.asdict` of what the method carried when the run last saved.
+
+    Raises:
+        CheckpointError: if there is no checkpoint, or it is damaged.
+    """
+    method_state: Mapping[str, object] = _read_state(_choose(run, None))["method_state"]
+    return method_state
+
+
 def load_candidate(run: RunDirectory, best: Best) -> dict[str, Tensor]:
     """The tensors of the best candidate, by name.
 

@@ -7,6 +7,7 @@ of their own, so that they cannot be trained on by accident.
 N images, C channels, H rows, W columns.
 """
 
+import dataclasses
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -66,6 +67,18 @@ class _Split:
 
 class TrainingSplit(_Split):
     """Images for training, or held out of them for validation."""
+
+    def without(self, places_N: Tensor) -> "TrainingSplit":
+        """The split but for some places, int64; images and hash follow."""
+        is_left_N = torch.ones_like(self.index_N, dtype=torch.bool)
+        is_left_N[places_N.to(self.index_N.device)] = False
+        index_N = self.index_N[is_left_N]
+        return dataclasses.replace(
+            self,
+            index_N=index_N,
+            labels_N=self.labels_N[is_left_N],
+            index_sha256=_hash_of_places(index_N.cpu()),
+        )
 
 
 class TestSplit(_Split):
@@ -284,8 +297,12 @@ def _split(
         image_shape=source.image_shape,
         index_N=rising_N.to(device),
         labels_N=torch.tensor(source.labels)[rising_N].to(device),
-        index_sha256=hashlib.sha256(rising_N.numpy().astype("<i8").tobytes()).hexdigest(),
+        index_sha256=_hash_of_places(rising_N),
         num_available=len(source.labels),
         content_sha256=source.content_sha256,
         storage=storage,
     )
+
+
+def _hash_of_places(index_N: Tensor) -> str:
+    return hashlib.sha256(index_N.numpy().astype("<i8").tobytes()).hexdigest()

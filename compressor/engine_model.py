@@ -26,6 +26,8 @@ from compressor.device.tensorrt_runtime import import_tensorrt
 from compressor.errors import ArtefactMismatchError, MissingDependencyError, WeightsError
 from compressor.onnx_model import OnnxModel, as_bytes, load_onnx_model
 
+_MAX_SIDECAR_BYTES = 1 << 20
+
 
 @dataclass(frozen=True, kw_only=True)
 class EngineModel:
@@ -110,52 +112,61 @@ def load_engine_model(path: Path, *, sidecar_sha256: str | None) -> EngineModel:
         ArtefactMismatchError: if a file is not the one that was meant.
         MissingDependencyError: if TensorRT or a GPU is not here.
     """
-    sidecar_path = sidecar_of(path)
     if sidecar_sha256 is None:
         raise WeightsError(
             f"{path} is a program, and a hash beside it is no reason to trust it; give the SHA-256 "
-            f"of {sidecar_path.name} with --manifest-sha256, from where it was built, or build it "
-            "again: robust-compress export RUN --trt"
+            f"of {sidecar_of(path).name} with --manifest-sha256, from where it was built, or build "
+            "it again: robust-compress export RUN --trt"
         )
     with _explained(path):
-        sidecar_bytes = read_limited(sidecar_path, max_bytes=1 << 20)
-        if sha256_of(sidecar_bytes) != sidecar_sha256.lower():
-            raise ArtefactMismatchError(
-                f"{sidecar_path} has SHA-256 {sha256_of(sidecar_bytes)}, not {sidecar_sha256}"
-            )
+        named = _read_sidecar(sidecar_of(path), sha256=sidecar_sha256)
         plan = read_limited(path, max_bytes=MAX_MODEL_BYTES)
-        try:
-            facts = json.loads(sidecar_bytes)  # what was hashed, whatever lies there now
-            named, onnx_file, onnx_sha256, flavour = (
-                str(facts[table][key])
-                for table, key in (
-                    ("engine", "sha256"),
-                    ("onnx", "file"),
-                    ("onnx", "sha256"),
-                    ("tensorrt", "flavour"),
-                )
-            )
-        except (KeyError, TypeError, ValueError, RecursionError) as error:
-            raise WeightsError(f"{sidecar_path} is damaged ({error}); build it again") from None
-        if sha256_of(plan) != named:
+        if sha256_of(plan) != named.engine_sha256:
             raise ArtefactMismatchError(
-                f"{path} has SHA-256 {sha256_of(plan)}, its sidecar names {named}; build it again"
+                f"{path} has SHA-256 {sha256_of(plan)}, its sidecar names {named.engine_sha256}; "
+                "build it again"
             )
-        onnx = load_onnx_model(path.parent / Path(onnx_file).name)
-        if onnx.sha256 != onnx_sha256:
+        onnx = load_onnx_model(path.parent / Path(named.onnx_file).name)
+        if onnx.sha256 != named.onnx_sha256:
             raise ArtefactMismatchError(
                 f"{onnx.path} is not the file that {path} was built from; build it again"
             )
-        tensorrt = import_tensorrt(flavour)
+        tensorrt = import_tensorrt(named.flavour)
         engine = Engine(plan, tensorrt=tensorrt)
     return EngineModel(
         path=path,
-        sha256=named,
+        sha256=named.engine_sha256,
         num_bytes=len(plan),
         onnx=onnx,
         tensorrt=str(tensorrt),
         engine=engine,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Sidecar:
+    """What it says of the engine, of the file that this was built from, and of TensorRT."""
+
+    engine_sha256: str
+    onnx_file: str
+    onnx_sha256: str
+    flavour: str
+
+
+def _read_sidecar(path: Path, *, sha256: str) -> _Sidecar:
+    content = read_limited(path, max_bytes=_MAX_SIDECAR_BYTES)
+    if sha256_of(content) != sha256.lower():
+        raise ArtefactMismatchError(f"{path} has SHA-256 {sha256_of(content)}, not {sha256}")
+    try:
+        facts = json.loads(content)  # what was hashed, whatever lies there now
+        return _Sidecar(
+            engine_sha256=str(facts["engine"]["sha256"]),
+            onnx_file=str(facts["onnx"]["file"]),
+            onnx_sha256=str(facts["onnx"]["sha256"]),
+            flavour=str(facts["tensorrt"]["flavour"]),
+        )
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise WeightsError(f"{path} is damaged ({error}); build it again") from None
 
 
 @contextmanager

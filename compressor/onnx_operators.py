@@ -1,7 +1,8 @@
 """The ONNX operators of image classifiers as differentiable PyTorch functions.
 
 Each takes its node, for the attributes, and one tensor per input, None where an optional input is
-absent. Sizes, axes and bounds are constants of the file. float16 is computed in float32.
+absent. Sizes, axes and bounds are no function of the pixels (`compressor.onnx_gradients` sees to
+it). float16 is computed in float32.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,14 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from compressor.onnx_gradients import FLOAT_TYPES
 from compressor.onnx_graph import NoPlainGraphError, OnnxNode
 from compressor.quantization import quantize
 
 Operator = Callable[..., Any]
 """(node, *inputs) -> a tensor, or a tuple of them where the operator has several outputs."""
-
-_FLOATS = {1, 10, 11, 16}
-"""onnx.TensorProto: FLOAT, FLOAT16, DOUBLE, BFLOAT16."""
 
 
 def _conv(node: OnnxNode, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -174,7 +173,7 @@ def _layer_norm(node: OnnxNode, x: Tensor, weight: Tensor, bias: Tensor | None =
 
 
 def _cast(node: OnnxNode, x: Tensor) -> Tensor:
-    return x.float() if node.attributes["to"] in _FLOATS else x.long()
+    return x.float() if node.attributes["to"] in FLOAT_TYPES else x.long()
 
 
 def _quantize(node: OnnxNode, x: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:

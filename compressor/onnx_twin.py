@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from compressor.onnx_gradients import refuse_stopped_gradient
 from compressor.onnx_graph import NoPlainGraphError, OnnxGraph, OnnxNode
 from compressor.onnx_operators import OPERATORS
 from compressor.quantization import FakeQuantize, FakeQuantizedWeight
@@ -129,8 +130,8 @@ def differentiable_twin(graph: OnnxGraph, *, takes_bytes: bool = False) -> OnnxT
     """What an attacker follows; nothing in it can be trained.
 
     Raises:
-        NoPlainGraphError: if an operator is not among those of `compressor.onnx_operators`, or the
-            arithmetic is not symmetric int8.
+        NoPlainGraphError: if an operator is not among those of `compressor.onnx_operators`, the
+            gradient stops on the way, or the arithmetic is not symmetric int8.
     """
     return _twin(graph, {}, takes_bytes=takes_bytes).requires_grad_(False)  # noqa: FBT003
 
@@ -154,6 +155,7 @@ def trainable_twin(
 
 def _twin(graph: OnnxGraph, latents: Mapping[str, Tensor], *, takes_bytes: bool) -> OnnxTwin:
     _refuse_unknown(graph)
+    refuse_stopped_gradient(graph)
     constants = {name: _as_computed(value) for name, value in graph.constants.items()}
     pairs = _rounding_pairs(graph)
     steps: list[_Step] = []

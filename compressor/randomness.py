@@ -34,6 +34,7 @@ class Stream(IntEnum):
     SUBSET = 7
     ATTACK_RADIUS = 8
     VERIFICATION_ORDER = 9
+    REPRESENTATIVES = 10
 
 
 def sample_keys(index_N: Tensor, *, seed: int, epoch: int = 0) -> Tensor:

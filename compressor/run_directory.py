@@ -12,14 +12,14 @@ A run on disk::
 import fcntl
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from compressor import atomic_folder
 from compressor.errors import RunError
 from compressor.reports.files import ReportFiles
 
@@ -187,14 +187,15 @@ class RunDirectory:
         """Hold the run against a second process; the system lets go when this one ends.
 
         Raises:
-            RunError: if another process trains in this folder.
+            RunError: if another process writes into this folder.
         """
         with (self.path / ".lock").open("w") as handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise RunError(
-                    f"another process is training in {self.path}; wait for it or stop it"
+                    f"another process is training or exporting in {self.path}; wait for it or "
+                    "stop it"
                 ) from None
             yield
 
@@ -212,19 +213,24 @@ def write_text_atomically(path: Path, text: str) -> None:
 
 
 def write_bytes_atomically(path: Path, content: bytes) -> None:
-    """Write a file that is either there as a whole or not at all."""
+    """Write a file that is either there as a whole or not at all.
+
+    Raises:
+        OSError: with the name of the file, if the disk is full or the folder cannot be written.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    with atomic_folder.failures_named(path):
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            Path(name).chmod(0o644)
+            Path(name).replace(path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
 
 
 def write_json_atomically(path: Path, value: object) -> None:
@@ -263,34 +269,13 @@ def read_facts(run: RunDirectory) -> dict[str, Any]:
     return dict(facts)
 
 
-@contextmanager
-def folder_written_atomically(path: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `path` when the block ends well.
+def folder_written_atomically(path: Path) -> AbstractContextManager[Path]:
+    """A temporary folder that becomes `path` when the block ends well; see `atomic_folder`.
 
-    A process killed at any moment leaves either the whole folder or a hidden one that the next
-    call removes.
+    In the checkpoints of a run, into which one process alone writes, what a killed one left of any
+    of them is removed.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in path.parent.glob(".incomplete-*"):
-        shutil.rmtree(leftover)
-    folder = path.parent / f".incomplete-{path.name}"
-    folder.mkdir()
-    yield folder
-    for inside in folder.rglob("*"):
-        _sync(inside)
-    _sync(folder)
-    before = path.parent / f".incomplete-before-{path.name}"
-    if path.exists():
-        path.replace(before)
-    folder.replace(path)
-    _sync(path.parent)
-    if before.exists():
-        shutil.rmtree(before)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    checkpoints = RunDirectory(path.parent.parent).checkpoints
+    of_steps = rf"\.incomplete-{_CHECKPOINT_PREFIX}[0-9]+(\.[0-9a-f]{{16}})?"
+    leftovers = of_steps if path.parent == checkpoints else None
+    return atomic_folder.folder_written_atomically(path, leftovers=leftovers)

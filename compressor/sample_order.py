@@ -6,6 +6,8 @@ N samples, K classes; draws are uniform numbers in [0, 1), of each sample its ow
 import torch
 from torch import Tensor
 
+from compressor.randomness import Stream, sample_keys, uniform
+
 
 def balanced_order(labels_N: Tensor, draws_N: Tensor) -> Tensor:
     """All positions, so ordered that any beginning of them is balanced, int64 [N].
@@ -40,3 +42,17 @@ def proportional_order(labels_N: Tensor, draws_N2: Tensor) -> Tensor:
     rank_N = torch.arange(len(labels_N), device=labels_N.device) - first_K[labels_N[grouped_N]]
     share_N = (rank_N + draws_N2[grouped_N, 1].double()) / counts_K[labels_N[grouped_N]]
     return grouped_N[torch.argsort(share_N, stable=True)]
+
+
+def representative_order(labels_N: Tensor, index_N: Tensor) -> Tensor:
+    """All positions, always the same, any beginning of which is like the whole, int64 [N].
+
+    Every n-th image would do for folders with one class after the other, but not where classes
+    take turns.
+
+    Args:
+        labels_N: classes, int64.
+        index_N: which samples they are, int64; draws are keyed by it.
+    """
+    draws_N2 = uniform(sample_keys(index_N, seed=0), stream=Stream.REPRESENTATIVES, shape=(2,))
+    return proportional_order(labels_N, draws_N2)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from fractions import Fraction
+from math import isfinite
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -67,6 +68,26 @@ class ThreatModel:
         if self.norm == "l2":
             return f"l2 {self.epsilon_pixels:g}"
         return f"{self.norm} {format_pixels(self.epsilon_pixels)}"
+
+
+DEFAULT_THREAT = ThreatModel(epsilon_pixels=8 / 255)
+"""Where nobody claims another; reports name it."""
+
+
+def parse_threat(text: str) -> ThreatModel:
+    """What `str` of a threat model says, as a threat model; a radius has the digits that it shows.
+
+    Raises:
+        ValueError: if the text is not of that form, or its radius not a positive number.
+    """
+    norm, _, radius = text.partition(" ")
+    norms: dict[str, Norm] = {"linf": "linf", "l2": "l2"}
+    if norm not in norms:
+        raise ValueError(f'{text!r} is no threat model; write one as "linf 8/255" or "l2 0.5"')
+    epsilon_pixels = parse_fraction(radius)
+    if not (isfinite(epsilon_pixels) and epsilon_pixels > 0):
+        raise ValueError(f"{text!r} is no threat model: its radius is {epsilon_pixels:g}")
+    return ThreatModel(norm=norms[norm], epsilon_pixels=epsilon_pixels)
 
 
 def parse_fraction(text: str | float) -> float:

@@ -56,6 +56,8 @@ class Training:
     resume_command: str
     """What to type after an interruption."""
     stop: StopWish = field(default_factory=StopWish)
+    start_is_candidate: bool = False
+    """Whether the weights before the first step may be selected: they may be good already."""
 
     @property
     def steps_per_epoch(self) -> int:
@@ -106,6 +108,7 @@ def fit(training: Training, state: TrainState) -> TrainState:
         )
     )
     if not training.run.checkpoint_steps():
+        state = _select(training, state) if training.start_is_candidate else state
         _save(training, state)
     while state.epoch < recipe.training.epochs:
         state = _train_epoch(training, state)

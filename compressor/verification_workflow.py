@@ -125,7 +125,7 @@ def conclude(
     if prepared.stages:
         tell("checking that the evaluation can be believed")
         validity = check_verification(prepared, subject, found)
-        artefact = artefact_facts(prepared, found)
+        artefact = artefact_facts(prepared, found, validity)
         tell("measuring accuracy at other radii")
         num_images = min(NUM_CURVE_IMAGES, len(found.samples))
         batch = first_images(prepared.split, prepared.plan, num_images=num_images)
@@ -150,6 +150,7 @@ def describe(
     names = [stage.name for stage in prepared.stages]
     status, reason = _status(prepared, found, evidence.validity, ended_because)
     has_white_box = any(stage.kind == "white-box" for stage in prepared.stages)
+    is_shown = has_white_box and status != "unverified"
     return RobustnessReport(
         name=prepared.target.name,
         status=status,
@@ -171,7 +172,7 @@ def describe(
         ),
         clean=count_standing(found.samples, after=()),
         attacks=attack_rows(found, prepared.stages),
-        worst_case=count_standing(found.samples, after=names) if has_white_box else None,
+        worst_case=count_standing(found.samples, after=names) if is_shown else None,
         eight_bit=eight_bit_facts(found.samples) if names else None,
         curve=tuple(evidence.curve),
         validity=tuple(evidence.validity),
@@ -237,19 +238,36 @@ def _status(
     num_done, num_planned = len(found.samples), found.num_planned
     if alarms:
         return "invalid", f"validity checks raised an alarm: {', '.join(alarms)}"
+    twin = prepared.model.twin
     if prepared.model.differentiable is None:
-        twin = prepared.model.twin
         return "unverified", (
             f"no white-box attack was possible, because {twin.reason if twin else ''}; give the "
             "run it was exported from with --source"
         )
     if all(stage.kind != "white-box" for stage in prepared.stages):
         return "unverified", "no white-box attack was run"
+    if _lacks_square(prepared) and twin is not None and twin.module is None:
+        return "unverified", (
+            f"the protocol is incomplete: {twin.reason}, so the file was attacked with images made "
+            "on its source alone, which flatter; add square, which asks the file itself, to "
+            "--attacks"
+        )
     if not found.is_complete:
         return "incomplete", (
             f"{ended_because} after {num_done} of {num_planned} images, a random part of them"
         )
     reason = f"all {num_planned} images went through all attacks, and no check objects"
-    if not is_autoattack([stage.name for stage in prepared.stages]):
+    if _lacks_square(prepared):
+        reason += (
+            "; but the protocol is incomplete and the bound a loose one, as without Square nobody "
+            "asked the file but where the gradients of its twin led"
+        )
+    elif not is_autoattack([stage.name for stage in prepared.stages]):
         reason += "; the whole cascade was not among them, so the bound is a loose one"
     return "verified", reason
+
+
+def _lacks_square(prepared: Prepared) -> bool:
+    """Whether a file was attacked only along the gradients of something else."""
+    is_file = prepared.model.file is not None
+    return is_file and all(stage.name != "square" for stage in prepared.stages)

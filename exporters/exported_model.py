@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from compressor.paired_difference import PairedDrop
 from compressor.proportions import Proportion
+from exporters.budget import Budget
 
 Precision = Literal["fp32", "fp16", "int8"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")
@@ -57,6 +58,8 @@ class ExportVerification:
     """Worst case of the file over adversarial images made on the source and, if it is lossy, on
     its own differentiable twin; the source is judged on the same images."""
     robust_drop: PairedDrop
+    budget: Budget
+    """What `verified` was decided by."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,6 @@
 """The images on which exported files are compared with their source: held out of training.
 
-Test images are for the final report, so nothing is chosen on them.
+One part judges, another chooses. Test images are for the final report, so they do neither.
 
 N images, C channels, H rows, W columns, K classes.
 """
@@ -16,6 +16,7 @@ from compressor.data import Batch, TrainingSplit, evaluation_batches
 from compressor.folding import EvaluationView
 from compressor.networks import evaluation_mode
 from compressor.performance import Performance
+from compressor.sample_order import representative_order
 from compressor.threat import ThreatModel
 
 Answer = Callable[[Tensor], Tensor]
@@ -58,24 +59,41 @@ class HeldOut:
         ]
 
 
+def judging_places(split: TrainingSplit, *, num_images: int) -> Tensor:
+    """Places of the images that judge finished files, int64 [N].
+
+    No more than half of the split, because the next `num_images` choose among candidates: the
+    best of many on some images looks better on those than on any others.
+    """
+    order_N = representative_order(split.labels_N, split.index_N)
+    return order_N[: min(num_images, split.num_images // 2)]
+
+
+def choosing_places(split: TrainingSplit, *, num_images: int) -> Tensor:
+    """Places of the images on which candidates are chosen, int64 [N]; they judge nothing."""
+    order_N = representative_order(split.labels_N, split.index_N)
+    num_judging = len(judging_places(split, num_images=num_images))
+    return order_N[num_judging : num_judging + num_images]
+
+
 def held_out_images(
     network: nn.Module,
     split: TrainingSplit,
+    places_N: Tensor,
     *,
     threat: ThreatModel,
-    num_images: int,
     takes_bytes: bool = False,
 ) -> HeldOut:
-    """Images spread evenly over the split, attacked with the PGD of 20 steps of the papers.
+    """Some images of a split, attacked with the PGD of 20 steps of the papers.
 
     Args:
         network: the source, in eval mode.
         split: images that the network was not trained on.
+        places_N: which of them, int64.
         threat: what the attacker may do.
-        num_images: how many; all, if there are fewer.
         takes_bytes: adversarial images are rounded to 8 bits, as the file will get them.
     """
-    batch = spread(split, num_images=num_images)
+    batch = next(evaluation_batches(split, batch_size=len(places_N), order_N=places_N))
     folded = EvaluationView(network, Performance(device=torch.device("cpu")))
     x_adv_NCHW = attacked(folded, batch, threat=threat)
     if takes_bytes:
@@ -90,14 +108,6 @@ def held_out_images(
         clean_NK=answers(network, batch.x_NCHW),
         adversarial_NK=answers(network, x_adv_NCHW),
     )
-
-
-def spread(split: TrainingSplit, *, num_images: int) -> Batch:
-    """Images spread evenly over the split, which may have one class after the other."""
-    num_chosen = min(num_images, split.num_images)
-    places_N = torch.arange(num_chosen, device=split.index_N.device)
-    order_N = places_N * split.num_images // num_chosen
-    return next(evaluation_batches(split, batch_size=num_chosen, order_N=order_N))
 
 
 def attacked(model: Answer, batch: Batch, *, threat: ThreatModel) -> Tensor:

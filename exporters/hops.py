@@ -18,12 +18,9 @@ from torch import Tensor
 from compressor.data import Batch
 from compressor.paired_difference import PairedDrop
 from compressor.proportions import Proportion
+from exporters.budget import DEFAULT_BUDGET, Budget
 from exporters.exported_model import ExportStatus, ExportVerification, Variant
 from exporters.held_out import Answer, HeldOut, answers, attacked
-
-DEFAULT_MAX_ROBUST_DROP = 0.01
-"""One point."""
-DEFAULT_MAX_CLEAN_DROP = 0.02
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,29 +54,6 @@ LIMITS: Mapping[Variant, Limits] = MappingProxyType(
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Budget:
-    """Fractions of the held-out images by which accuracies may fall; point estimates decide."""
-
-    max_clean_drop: float = DEFAULT_MAX_CLEAN_DROP
-    max_robust_drop: float = DEFAULT_MAX_ROBUST_DROP
-
-    def exceeded(self, *, clean_drop: PairedDrop, robust_drop: PairedDrop) -> list[str]:
-        """In words."""
-        judged = (
-            ("clean accuracy", clean_drop, self.max_clean_drop),
-            ("accuracy under attack", robust_drop, self.max_robust_drop),
-        )
-        return [
-            f"{what} falls by {drop}, allowed are {100 * limit:g} points"
-            for what, drop, limit in judged
-            if drop.fraction > limit
-        ]
-
-
-DEFAULT_BUDGET = Budget()
-
-
 def prove_hop(
     file: Answer,
     held_out: HeldOut,
@@ -106,16 +80,14 @@ def prove_hop(
         limits=limits,
     )
     y_N = held_out.y_N.cpu()
-    source_right_2N, file_right_2N = (
-        found.source_2NK.argmax(2) == y_N,
-        found.file_2NK.argmax(2) == y_N,
+    source_right_N, file_right_N = (
+        found.source_2NK[0].argmax(1) == y_N,
+        found.file_2NK[0].argmax(1) == y_N,
     )
-    source_stands_N, file_stands_N = source_right_2N.all(dim=0), file_right_2N.all(dim=0)
-    if limits.is_lossy and twin is not None:
-        x_adv_NCHW = attacked(twin, _batch(held_out), threat=held_out.threat)
-        source_stands_N &= answers(held_out.source, x_adv_NCHW).argmax(1) == y_N
-        file_stands_N &= answers(file, x_adv_NCHW).argmax(1) == y_N
-    clean_drop = _drop(source_right_2N[0], file_right_2N[0])
+    source_stands_N, file_stands_N = _standing(
+        found, file, held_out, twin=twin if limits.is_lossy else None
+    )
+    clean_drop = _drop(source_right_N, file_right_N)
     robust_drop = _drop(source_stands_N, file_stands_N)
     wrong = [*complaints, *found.complaints()]
     lost = budget.exceeded(clean_drop=clean_drop, robust_drop=robust_drop)
@@ -130,11 +102,26 @@ def prove_hop(
         max_logit_difference=found.difference,
         tolerance=found.tolerance,
         sqnr_db=found.sqnr_db,
-        clean=_proportion(file_right_2N[0]),
+        clean=_proportion(file_right_N),
         clean_drop=clean_drop,
         robust=_proportion(file_stands_N),
         robust_drop=robust_drop,
+        budget=budget,
     )
+
+
+def _standing(
+    found: "_Comparison", file: Answer, held_out: HeldOut, *, twin: Answer | None
+) -> tuple[Tensor, Tensor]:
+    """Which images the source and the file get right whatever was tried, each bool [N]."""
+    y_N = held_out.y_N.cpu()
+    source_N = (found.source_2NK.argmax(2) == y_N).all(dim=0)
+    file_N = (found.file_2NK.argmax(2) == y_N).all(dim=0)
+    if twin is not None:
+        x_adv_NCHW = attacked(twin, _batch(held_out), threat=held_out.threat)
+        source_N &= answers(held_out.source, x_adv_NCHW).argmax(1) == y_N
+        file_N &= answers(file, x_adv_NCHW).argmax(1) == y_N
+    return source_N, file_N
 
 
 def _verdict(

@@ -20,9 +20,9 @@ from compressor.run_directory import RunDirectory, read_facts
 from compressor.threat import ThreatModel
 from compressor.verification.artefact import checked_twin
 from compressor.weights import sha256_of_file
+from exporters.budget import DEFAULT_BUDGET, Budget
 from exporters.exported_model import Precision
-from exporters.held_out import HeldOut, held_out_images
-from exporters.hops import DEFAULT_BUDGET, Budget
+from exporters.held_out import HeldOut, choosing_places, held_out_images, judging_places
 from exporters.int8.calibration import DEFAULT_NUM_IMAGES, CalibrationKind
 from exporters.int8.to_int8 import CalibrationMethod
 from exporters.to_onnx import OPSET, OnnxForm
@@ -57,7 +57,8 @@ class ExportRequest:
     int8: Int8Request = field(default_factory=Int8Request)
     budget: Budget = DEFAULT_BUDGET
     num_images: int = DEFAULT_HELD_OUT_IMAGES
-    """Held-out images on which files are compared with their source."""
+    """Held-out images on which files are compared with their source, and as many others on which
+    candidates are chosen; half and half, if there are fewer."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -74,6 +75,18 @@ class Prepared:
     form: OnnxForm
     data: TrainingData
     held_out: HeldOut
+    """Those that judge."""
+
+    def choosing(self) -> HeldOut:
+        """Other held-out images, on which candidates are chosen; attacked when asked for."""
+        places_N = choosing_places(self.data.validation, num_images=self.request.num_images)
+        return held_out_images(
+            self.network,
+            self.data.validation,
+            places_N,
+            threat=self.threat,
+            takes_bytes=self.form.takes_bytes,
+        )
 
     def metadata(self) -> dict[str, str]:
         """The model card: what the file says about itself, the same whenever it is written."""
@@ -135,8 +148,8 @@ def prepare(request: ExportRequest) -> Prepared:
         held_out=held_out_images(
             network,
             data.validation,
+            judging_places(data.validation, num_images=request.num_images),
             threat=threat,
-            num_images=request.num_images,
             takes_bytes=request.takes_bytes,
         ),
     )
@@ -144,4 +157,4 @@ def prepare(request: ExportRequest) -> Prepared:
 
 def twin_of(model: OnnxModel, held_out: HeldOut) -> OnnxTwin | None:
     """A differentiable form of a file, where there is one that answers as the file does."""
-    return checked_twin(model, held_out.batches()).module
+    return checked_twin(model, held_out.batches(), threat=held_out.threat).module

@@ -9,9 +9,12 @@ from typing import Any
 import torch
 
 from compressor.errors import ArtefactMismatchError, TooLossyError
-from compressor.onnx_model import load_onnx_model
-from compressor.run_directory import RunDirectory, write_json_atomically
-from compressor.weights import sha256_of_file
+from compressor.onnx_model import OnnxModel, load_onnx_model
+from compressor.run_directory import (
+    RunDirectory,
+    write_bytes_atomically,
+    write_json_atomically,
+)
 from exporters.exported_model import (
     PRECISION_OF,
     ExportedModel,
@@ -21,7 +24,7 @@ from exporters.exported_model import (
 )
 from exporters.float16_audit import overflows
 from exporters.hops import prove_hop
-from exporters.int8.workflow import FineTune, make_fine_tuned, make_int8
+from exporters.int8.workflow import FineTune, make_fine_tuned, make_int8, verify_int8
 from exporters.request import ExportRequest, Prepared, prepare, twin_of
 from exporters.to_float16 import write_float16
 from exporters.to_onnx import INPUT_NAME, write_onnx
@@ -30,8 +33,10 @@ _REMEDIES: Mapping[Variant, str] = MappingProxyType(
     {
         "fp32": "look for what the exporter changed",
         "fp16": "use --precision fp32",
-        "int8": "fine-tune it with --qat 1, or use --precision fp16",
-        "int8-mixed": "fine-tune it with --qat 1, or use --precision fp16",
+        "int8": "keep layers in float with --keep-float 1, fine-tune it with --qat 1, or use "
+        "--precision fp16",
+        "int8-mixed": "keep more layers in float with --keep-float, fine-tune it with --qat 1, or "
+        "use --precision fp16",
         "int8-qat": "fine-tune it longer with --qat, or use --precision fp16",
     }
 )
@@ -54,45 +59,40 @@ def export_run(
         tell: told in words what is done.
 
     Raises:
-        RunError: if training has not ended.
+        RunError: if training has not ended, or another process writes into the run.
         ArtefactMismatchError: if a file is not the same model; it names the hop.
         TooLossyError: if a file loses more accuracy under attack than allowed.
         ExportError: if a format cannot express the network.
     """
-    tell("attacking the network on held-out images")
-    prepared = prepare(request)
-    run, made = request.run, []
-    unverified = run.unverified_onnx("fp32")
+    with request.run.locked():
+        tell("attacking the network on held-out images")
+        prepared = prepare(request)
+        made = [_float32(prepared, tell=tell)]
+        if "fp16" in request.precisions:
+            made.append(_float16(prepared, tell=tell))
+        if "int8" in request.precisions:
+            made.append(_int8(prepared, fine_tune=fine_tune, tell=tell))
+        return prepared, made
+
+
+def _float32(prepared: Prepared, *, tell: Callable[[str], None]) -> ExportedModel:
+    unverified = prepared.request.run.unverified_onnx("fp32")
     tell("fp32: writing ONNX")
     write_onnx(prepared.network, unverified, form=prepared.form, metadata=prepared.metadata())
     tell("fp32: comparing its answers")
-    shown = prove_hop(load_onnx_model(unverified), prepared.held_out, variant="fp32", twin=None)
-    made.append(_settle(prepared, "fp32", shown, {}))
-    if "fp16" in request.precisions:
-        made.append(_float16(prepared, tell=tell))
-    if "int8" in request.precisions:
-        made.append(_int8(prepared, fine_tune=fine_tune, tell=tell))
-    return prepared, made
-
-
-def _int8(
-    prepared: Prepared, *, fine_tune: FineTune | None, tell: Callable[[str], None]
-) -> ExportedModel:
-    run = prepared.request.run
-    float32, unverified = run.onnx("fp32"), run.unverified_onnx("int8")
-    if fine_tune is None:
-        result = make_int8(prepared, float32, unverified, tell=tell)
-    else:
-        result = make_fine_tuned(prepared, float32, unverified, fine_tune=fine_tune, tell=tell)
-    return _settle(prepared, result.variant, result.verification, result.details(prepared))
+    model = load_onnx_model(unverified)
+    shown = prove_hop(
+        model, prepared.held_out, variant="fp32", twin=None, budget=prepared.request.budget
+    )
+    return _settle(prepared, "fp32", model, shown)
 
 
 def _float16(prepared: Prepared, *, tell: Callable[[str], None]) -> ExportedModel:
-    run = prepared.request.run
-    float32, unverified = run.onnx("fp32"), run.unverified_onnx("fp16")
+    run, held_out = prepared.request.run, prepared.held_out
+    unverified = run.unverified_onnx("fp16")
     tell("fp16: converting and attacking")
-    write_float16(float32, unverified, metadata=prepared.metadata())
-    model, held_out = load_onnx_model(unverified), prepared.held_out
+    write_float16(run.onnx("fp32"), unverified, metadata=prepared.metadata())
+    model = load_onnx_model(unverified)
     twin = twin_of(model, held_out)
     images = (held_out.x_NCHW, held_out.x_adv_NCHW)
     shown = prove_hop(
@@ -103,20 +103,36 @@ def _float16(prepared: Prepared, *, tell: Callable[[str], None]) -> ExportedMode
         budget=prepared.request.budget,
         complaints=[] if twin is None else overflows(twin, torch.cat(images)),
     )
-    return _settle(prepared, "fp16", shown, {})
+    return _settle(prepared, "fp16", model, shown)
+
+
+def _int8(
+    prepared: Prepared, *, fine_tune: FineTune | None, tell: Callable[[str], None]
+) -> ExportedModel:
+    run = prepared.request.run
+    float32, unverified = run.onnx("fp32"), run.unverified_onnx("int8")
+    if fine_tune is None:
+        made = make_int8(prepared, float32, unverified, tell=tell)
+    else:
+        made = make_fine_tuned(prepared, float32, unverified, fine_tune=fine_tune, tell=tell)
+    model = load_onnx_model(unverified)
+    tell("int8: attacking the file")
+    shown = verify_int8(prepared, model, made.unrounded, prepared.held_out, variant=made.variant)
+    return _settle(prepared, made.variant, model, shown, details=made.details(prepared))
 
 
 def _settle(
     prepared: Prepared,
     variant: Variant,
+    model: OnnxModel,
     shown: ExportVerification,
-    details: dict[str, Any],
+    *,
+    details: dict[str, Any] | None = None,
 ) -> ExportedModel:
-    """Put a verified file in its place, with what was shown beside it."""
+    """Put the very bytes that were verified in their place, with what was shown beside them."""
     run, precision = prepared.request.run, PRECISION_OF[variant]
-    unverified = run.unverified_onnx(precision)
     if shown.status in {"failed", "too_lossy"}:
-        raise _refusal(unverified, variant, shown)
+        raise _refusal(model.path, variant, shown)
     exported = ExportedModel(
         path=run.onnx(variant),
         format="onnx",
@@ -125,14 +141,15 @@ def _settle(
         opset=prepared.form.opset,
         input_name=INPUT_NAME,
         input_contract=prepared.form.input_contract,
-        sha256=sha256_of_file(unverified),
+        sha256=model.sha256,
         source_sha256=prepared.source_sha256,
-        num_bytes=unverified.stat().st_size,
+        num_bytes=model.num_bytes,
         verification=shown,
-        details=details,
+        details=details or {},
     )
-    unverified.replace(exported.path)
+    write_bytes_atomically(exported.path, model.content)
     write_json_atomically(run.onnx_verification(variant), as_table(exported))
+    model.path.unlink()
     return exported
 
 

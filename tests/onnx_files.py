@@ -70,6 +70,59 @@ def appended(model, op, *, constants=(), **attributes):
     return copy
 
 
+def other_off_the_grey_levels(model):
+    """The same file, but with 1000 more for the first of 10 classes between whole grey levels.
+
+    float16 has only whole numbers near 1024; a twin computes in float32 and sees no difference.
+    """
+    copy = onnx.ModelProto.FromString(model.SerializeToString())
+    pixels, answer = copy.graph.input[0].name, copy.graph.output[0].name
+    for place in copy.graph.node:
+        place.output[:] = ["before" if name == answer else name for name in place.output]
+    values = {"many": 255.0, "far": 1024.0, "zero": 0.0, "one": 1.0}
+    values |= {"sides": [1, 2, 3], "last": [1], "bias": np.eye(10)[0] * 1000}
+    copy.graph.initializer.extend(constant(name, value) for name, value in values.items())
+    copy.graph.node.extend(
+        [
+            node("Mul", f"{pixels} many", "levels"),
+            node("Add", "levels far", "moved"),
+            node("Cast", "moved", "half", to=TensorProto.FLOAT16),
+            node("Cast", "half", "back", to=TensorProto.FLOAT),
+            node("Sub", "back moved", "off"),
+            node("Mul", "off off", "squared"),
+            node("ReduceMean", "squared sides", "mean_square", keepdims=0),
+            node("Mul", "mean_square many", "much"),
+            node("Clip", "much zero one", "share"),
+            node("Unsqueeze", "share last", "shares"),
+            node("Mul", "shares bias", "more"),
+            node("Add", "before more", answer),
+        ]
+    )
+    return copy
+
+
+def in_steps(model, num_steps):
+    """The same file, which rounds its images to so many steps, while its twin does not notice."""
+    copy = onnx.ModelProto.FromString(model.SerializeToString())
+    pixels = copy.graph.input[0].name
+    for place in copy.graph.node:
+        place.input[:] = ["seen" if name == pixels else name for name in place.input]
+    values = {"steps": float(num_steps), "far": 1024.0}
+    copy.graph.initializer.extend(constant(name, value) for name, value in values.items())
+    nodes = [
+        node("Mul", f"{pixels} steps", "levels"),
+        node("Add", "levels far", "moved"),
+        node("Cast", "moved", "half", to=TensorProto.FLOAT16),
+        node("Cast", "half", "back", to=TensorProto.FLOAT),
+        node("Sub", "back far", "whole"),
+        node("Div", "whole steps", "seen"),
+        *copy.graph.node,
+    ]
+    del copy.graph.node[:]
+    copy.graph.node.extend(nodes)
+    return copy
+
+
 def without_twin(file, path):
     """Write a file that answers as `file` does, by an operator that nobody differentiates here."""
     onnx.save(appended(onnx.load(file), "Sum"), path)

@@ -1,6 +1,6 @@
 """Build TensorRT engines from the ONNX files of a build kit, on the machine that will run them.
 
-    python build_engine.py [--model FILE.onnx] [--workspace-mib N] [--timing-cache FILE]
+    python3 build_engine.py [--model FILE.onnx] [--workspace-mib N] [--timing-cache FILE]
 
 Writes NAME.engine and, beside it, NAME.engine.json, which says what it is made of. An engine is
 UNVERIFIED until replay.py passes. Ends with 0; with 5 if a file was changed; with 4 for anything
@@ -97,7 +97,7 @@ def main(arguments: Sequence[str] | None = None, *, folder: Path = Path()) -> in
     except KeyboardInterrupt:
         print("Cancelled; nothing was written.", file=sys.stderr)  # noqa: T201 (a script)
         return 130
-    print("Next: python replay.py")  # noqa: T201 (a script)
+    print("Next: python3 replay.py")  # noqa: T201 (a script)
     return 0
 
 

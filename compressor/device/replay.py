@@ -1,6 +1,6 @@
 """Replay the golden images of a build kit on its engines or ONNX files: PASS, FAIL or UNVERIFIED.
 
-    python replay.py [FILE.engine | FILE.onnx]...
+    python3 replay.py [FILE.engine | FILE.onnx]...
 
 Without a file: every engine in the kit, or, if there is none, every ONNX file by ONNX Runtime.
 Ends with 0 for PASS, 5 for FAIL, 4 for UNVERIFIED: something is missing, so nothing was shown.
@@ -159,7 +159,7 @@ def _checked_engine(kit: Kit, entry: KitEntry) -> tuple[bytes, dict[str, Any]]:
     """The plan, and how it was built: flavour, version, version_compatible, tf32."""
     path = kit.folder / entry.engine_file
     if not path.is_file():
-        raise DeviceError(f"{path} is not there; make it: python build_engine.py")
+        raise DeviceError(f"{path} is not there; make it: python3 build_engine.py")
     plan = kit_files.read_limited(path, max_bytes=kit_files.MAX_MODEL_BYTES)
     sidecar_path = path.with_name(f"{path.name}.json")
     sidecar = kit_files.read_json(sidecar_path)
@@ -258,7 +258,7 @@ def main(arguments: Sequence[str] | None = None, *, folder: Path = Path()) -> in
     for one in shown:
         print("\n".join(one.lines()))  # noqa: T201 (a script)
     if not names and not built:
-        print("No engine is here yet: python build_engine.py")  # noqa: T201 (a script)
+        print("No engine is here yet: python3 build_engine.py")  # noqa: T201 (a script)
     return max(one.exit_code for one in shown)
 
 

@@ -28,6 +28,7 @@ def contradictions(report: "RobustnessReport") -> Iterator[str]:
     yield from _of_attacks(report)
     yield from _of_protocol(report)
     yield from _of_status(report)
+    yield from _of_artefact(report)
     yield from _of_training(report)
     yield from _of_cost(report)
 
@@ -118,6 +119,12 @@ def _of_status(report: "RobustnessReport") -> Iterator[str]:
         yield f"a report without a validity check cannot be {report.status}"
     if report.duration_seconds < 0:
         yield f"the verification took {report.duration_seconds:g} seconds"
+
+
+def _of_artefact(report: "RobustnessReport") -> Iterator[str]:
+    facts = report.artefact
+    if facts is not None and facts.gradients_are_masked and report.status != "invalid":
+        yield f"a report whose gradients are masked cannot be {report.status}"
 
 
 def _of_training(report: "RobustnessReport") -> Iterator[str]:

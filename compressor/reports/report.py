@@ -173,9 +173,13 @@ class ArtefactFacts(_Table):
     """Accuracy of the file under images made on its source alone, which flatters."""
     source: Count | None
     """Accuracy of the source under the same attack, on the same images."""
+    transfer_flatters: bool = False
+    """Whether the file looks better than its source under images made on that."""
     gradients_are_masked: bool
+    """Whether attacks without gradients, or images of others, break what attacks with gradients
+    could not; a validity check has then raised the alarm."""
     masking: str
-    """What `gradients_are_masked` rests on."""
+    """What both rest on."""
 
 
 class TestFacts(_Table):

@@ -29,8 +29,8 @@ _MEANINGS: Mapping[Status, str] = {
     "alarm.",
     "incomplete": "A budget ended first. The images that are done are a random part of those "
     "planned, and the intervals are as wide as their number asks for.",
-    "unverified": "No white-box attack was run, so nothing was shown about robustness. This "
-    "report has no accuracy under attack.",
+    "unverified": "No white-box attack of this model was run, so nothing was shown about its "
+    "robustness. This report has no accuracy under attack.",
     "invalid": "A validity check raised an alarm: the evaluation itself may have failed, so its "
     "numbers say nothing about the model, however good they look.",
 }

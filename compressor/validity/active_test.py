@@ -18,7 +18,7 @@ from compressor.randomness import child_keys
 from compressor.reports.report import ValidityRow
 from compressor.threat import ThreatModel
 from compressor.validity.check import SIGNIFICANCE, Check, binomial_tail
-from compressor.validity.origins import Origins, border_points, distinct
+from compressor.validity.origins import Origins, border_points, distinct, inner_points
 
 NUM_IMAGES = 32
 NUM_COMMON = 200
@@ -170,7 +170,7 @@ def plant(
     def features_around(points: _Points, num_points: int) -> list[Tensor]:
         return [features(points(x_NCHW, threat, draws)) for _ in range(num_points)]
 
-    inner = features_around(_inner_points, NUM_COMMON // 2)
+    inner = features_around(inner_points, NUM_COMMON // 2)
     border = features_around(border_points, NUM_COMMON // 2)
     common_NPD = torch.stack([features(x_NCHW), *inner, *border], dim=1)
     candidate_NPD = torch.stack(features_around(border_points, NUM_CANDIDATES), dim=1)
@@ -183,16 +183,6 @@ def plant(
         bias_M=bias_N[places_M].to(common_NPD.dtype),
     )
     return planted, places_M
-
-
-def _inner_points(x_NCHW: Tensor, threat: ThreatModel, draws: Draws) -> Tensor:
-    """Uniform in the cube (linf), or at uniform distances in random directions (l2)."""
-    shape = x_NCHW.shape[1:]
-    if threat.norm == "linf":
-        change = 2 * draws.uniform(shape) - 1
-    else:
-        change = draws.uniform((1, 1, 1)) * threat.steepest(draws.normal(shape))
-    return (x_NCHW + threat.epsilon_pixels * change.to(x_NCHW.dtype)).clamp(0, 1)
 
 
 def _hyperplanes(common_NPD: Tensor, candidate_NPD: Tensor) -> tuple[Tensor, Tensor, Tensor]:

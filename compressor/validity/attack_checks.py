@@ -14,7 +14,7 @@ from torch import Tensor
 
 from compressor.attacks.apgd import APGD
 from compressor.attacks.pgd import PGD
-from compressor.attacks.search import by_logits
+from compressor.attacks.search import by_logits, never
 from compressor.gate.paired import holm
 from compressor.losses import dlr, margin
 from compressor.reports.report import ValidityRow
@@ -54,8 +54,9 @@ BLACK_BOX = Check(
 TRANSFER = Check(
     name="transfer",
     threshold=_threshold(NEVER, "are broken by transferred images alone"),
-    advice="Adversarial images made on a teacher, without looking at the model, break images that "
-    "attacks on the model could not: its gradients are hidden.",
+    advice="Adversarial images made on another network (a teacher, or the source of a file), "
+    "without looking at the model, break images that attacks with its gradients could not: the "
+    "gradients are hidden.",
 )
 MORE_SEARCH = Check(
     name="more_search",
@@ -166,25 +167,21 @@ def _black_box(standing: Claim, num_tried: int) -> _Contest | ValidityRow:
 
 
 def _transfer(standing: Claim, num_tried: int) -> _Contest | ValidityRow:
-    if not standing.teachers:
-        return TRANSFER.not_run("there is no teacher")
+    tried_N = standing.broken_by_transfer_N
+    if not standing.teachers and tried_N is None:
+        return TRANSFER.not_run("there is no other network that images could come from")
     attack = APGD(threat=standing.threat, objective=margin, num_steps=NUM_TRANSFER_STEPS)
-    is_won_M = torch.zeros_like(standing.y_N, dtype=torch.bool)
+    is_won_M = torch.zeros_like(standing.y_N, dtype=torch.bool) if tried_N is None else tried_N
     for teacher in standing.teachers.values():
         made = attack.search(
             teacher,
             standing.x_NCHW,
             standing.y_N,
             draws=standing.draws(Purpose.TRANSFER),
-            judge=_never,  # so that points go on to fool the teacher clearly
+            judge=never,  # so that points go on to fool the teacher clearly
         )
-        is_won_M |= standing.fooled_by(made.x_adv_NCHW)
+        is_won_M = is_won_M | standing.fooled_by(made.x_adv_NCHW)
     return _wins(TRANSFER, is_won_M, num_tried)
-
-
-def _never(x_MCHW: Tensor, logits_MK: Tensor, y_M: Tensor) -> Tensor:
-    del x_MCHW, logits_MK
-    return torch.zeros_like(y_M, dtype=torch.bool)
 
 
 def _search_longer(standing: Claim) -> tuple[Tensor, Tensor]:

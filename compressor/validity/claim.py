@@ -28,6 +28,8 @@ class Purpose(IntEnum):
     TRANSFER = 1006
     UNCONSTRAINED = 1007
     ACTIVE_TEST = 1008
+    TWIN_NOISE = 1009
+    TWIN_ATTACK = 1010
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -38,7 +40,7 @@ class Claim:
     """
 
     model: Model
-    """In float32 and differentiable; the function that was attacked."""
+    """In float32 and differentiable; the function that attacks followed."""
     x_NCHW: Tensor
     y_N: Tensor
     keys_N: Tensor
@@ -53,10 +55,16 @@ class Claim:
     """bool [N], False where a transferred image broke it before; None if all were tried."""
     broken_by_square_N: Tensor | None = None
     """bool [N], broken by the Square attack, which may have tried only what others left."""
+    broken_by_transfer_N: Tensor | None = None
+    """bool [N], broken by images made on other networks, tried after all white-box attacks."""
     teachers: Mapping[str, Model] = field(default_factory=dict)
     """Models by name, from which adversarial images may transfer."""
     features: Model | None = None
     """Images -> what the last linear layer of the model is given [N, D], if there is one."""
+    file: Model | None = None
+    """What answers in the end, if `model` was only followed in its place."""
+    is_twin: bool = False
+    """Whether `model` is the differentiable twin of the file, and not its source."""
 
     def select(self, index_M: Tensor) -> "Claim":
         """The same about some of the images."""
@@ -72,6 +80,7 @@ class Claim:
             broken_by_white_box_N=part(self.broken_by_white_box_N),
             tried_by_white_box_N=part(self.tried_by_white_box_N),
             broken_by_square_N=part(self.broken_by_square_N),
+            broken_by_transfer_N=part(self.broken_by_transfer_N),
         )
 
     def correct(self) -> "Claim":

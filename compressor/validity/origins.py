@@ -67,6 +67,16 @@ def border_points(x_NCHW: Tensor, threat: ThreatModel, draws: Draws) -> Tensor:
     return (x_NCHW + threat.epsilon_pixels * direction).clamp(0, 1)
 
 
+def inner_points(x_NCHW: Tensor, threat: ThreatModel, draws: Draws) -> Tensor:
+    """Uniform in the cube (linf), or at uniform distances in random directions (l2)."""
+    shape = x_NCHW.shape[1:]
+    if threat.norm == "linf":
+        change = 2 * draws.uniform(shape) - 1
+    else:
+        change = draws.uniform((1, 1, 1)) * threat.steepest(draws.normal(shape))
+    return (x_NCHW + threat.epsilon_pixels * change.to(x_NCHW.dtype)).clamp(0, 1)
+
+
 def _distances(x_MCHW: Tensor, x_NCHW: Tensor, threat: ThreatModel) -> Tensor:
     order = torch.inf if threat.norm == "linf" else 2.0
     exact = "donot_use_mm_for_euclid_dist"

@@ -1,8 +1,8 @@
 """check_validity: may the numbers of an evaluation be believed at all?
 
-Tiers in causal order: what the model is given and what kind of function it is; its gradients; the
-attacks. An alarm in one explains alarms in the later ones, which are then not run, so that what is
-reported is the cause.
+Tiers in causal order: what the model is given and what kind of function it is; its gradients;
+whether the twin of a file is like the file under attack; the attacks. An alarm in one explains
+alarms in the later ones, which are then not run, so that what is reported is the cause.
 """
 
 import torch
@@ -13,6 +13,7 @@ from compressor.validity.attack_checks import ATTACK_CHECKS, attack_checks
 from compressor.validity.claim import Claim, Purpose
 from compressor.validity.gradient_checks import GRADIENT_CHECKS, gradient_checks
 from compressor.validity.output_checks import OUTPUT_CHECKS, output_checks
+from compressor.validity.twin_check import TWIN_CHECKS, twin_checks
 
 NUM_IMAGES = 128
 """Attacks are compared on so many."""
@@ -20,6 +21,8 @@ NUM_IMAGES = 128
 
 def check_validity(claim: Claim, *, num_images: int = NUM_IMAGES) -> tuple[ValidityRow, ...]:
     """All checks, always in the same order, one row each; those not run say why.
+
+    Those of a twin are for files only.
 
     Args:
         claim: what the evaluation says; its first images are used.
@@ -29,6 +32,7 @@ def check_validity(claim: Claim, *, num_images: int = NUM_IMAGES) -> tuple[Valid
     tiers = (
         (OUTPUT_CHECKS, _outputs),
         (GRADIENT_CHECKS, _gradients),
+        (TWIN_CHECKS if claim.file is not None else (), twin_checks),
         ((*ATTACK_CHECKS, ACTIVE_TEST), _attacks),
     )
     rows: list[ValidityRow] = []

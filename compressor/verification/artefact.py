@@ -3,13 +3,15 @@
 A file answers, but has no gradient. Its differentiable twin, rebuilt from the numbers in the file,
 has one, and is used once it is shown to answer alike. Images that fool the network it came from are
 tried as well; alone they would flatter, because rounding shields a little from what was made
-without it.
+without it. That is another matter than masked gradients: these are where attacks without the
+gradients of the twin break more than those with them.
 
 N images, K classes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -24,8 +26,13 @@ from compressor.losses import dlr
 from compressor.onnx_graph import NoPlainGraphError, read_graph
 from compressor.onnx_twin import OnnxTwin, differentiable_twin
 from compressor.proportions import Proportion
-from compressor.reports.report import ArtefactFacts, Count
-from compressor.threat import ThreatModel
+from compressor.randomness import child_keys
+from compressor.reports.report import ArtefactFacts, Count, ValidityRow
+from compressor.sample_order import representative_order
+from compressor.threat import DEFAULT_THREAT, ThreatModel
+from compressor.validity.attack_checks import BLACK_BOX, TRANSFER
+from compressor.validity.claim import Purpose
+from compressor.validity.origins import inner_points
 
 NUM_COMPARED_IMAGES = 250
 _NUM_AT_ONCE = 50
@@ -33,15 +40,19 @@ _NUM_AT_ONCE = 50
 MIN_TWIN_AGREEMENT = 0.95
 """Share of images on which the twin gives the label of its file."""
 MAX_TWIN_ERROR = 0.1
-"""Root mean square of the twin's error, as a share of that of the file's logits. ONNX Runtime also
-rounds the biases of an int8 file, by itself, so that some steps fall the other way: that costs
-0.02."""
+"""Root mean square of the twin's error, as a share of that of the file's logits around their mean
+over the classes, or a large number added to all would hide any error. ONNX Runtime also rounds the
+biases of an int8 file, by itself, so that some steps fall the other way: that costs 0.02."""
 SAME_FUNCTION = 1e-3
 """Largest difference of logits, as a share of the largest, between a file that rounds nothing and
 its source."""
-_MASKED_P_VALUE = 0.01
-_MASKED_FRACTION = 0.01
-"""By so much a file must look better under transferred images alone to be called masked."""
+_FLATTERS_P_VALUE = 0.01
+_FLATTERS_FRACTION = 0.01
+"""By so much a file must look better than its source under images made on that."""
+_WITHOUT_GRADIENTS: Mapping[str, str] = MappingProxyType(
+    {BLACK_BOX.name: "Square", TRANSFER.name: "transferred images"}
+)
+"""By the check that compares them with the attacks that follow gradients."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -55,37 +66,70 @@ class Twin:
 
 
 def compared_images(split: TestSplit) -> Sequence[Batch]:
-    """Images spread over the split, as folders have one class after the other."""
-    num_compared = min(NUM_COMPARED_IMAGES, split.num_images)
-    places_N = torch.arange(num_compared, device=split.index_N.device)
-    order_N = places_N * split.num_images // num_compared
+    """Images that are like the whole split, whose classes may follow each other or take turns."""
+    order_N = representative_order(split.labels_N, split.index_N)[:NUM_COMPARED_IMAGES]
     return list(evaluation_batches(split, batch_size=_NUM_AT_ONCE, order_N=order_N))
 
 
 @torch.no_grad()
-def checked_twin(file: FileModel, images: Sequence[Batch]) -> Twin:
-    """The twin of a file, if it answers as the file does."""
-    file_NK = torch.cat([file(batch.x_NCHW.cpu()) for batch in images])
+def checked_twin(
+    file: FileModel, images: Sequence[Batch], *, threat: ThreatModel = DEFAULT_THREAT
+) -> Twin:
+    """The twin of a file, if it answers as the file does, on these images and with noise on them.
+
+    Clean images have whole grey levels, which a file can tell from those that attacks ask about.
+    """
+    clean = [batch.x_NCHW.cpu() for batch in images]
+    noised = [_noised(batch, threat) for batch in images]
+    file_NK, of_noised_NK = (torch.cat([file(x_NCHW) for x_NCHW in xs]) for xs in (clean, noised))
     try:
         graph = read_graph(file.content, file.path)
         twin = differentiable_twin(graph, takes_bytes=file.takes_bytes).eval()
-        twin_NK = torch.cat([twin(batch.x_NCHW.cpu()) for batch in images])
+        alike = _alike(twin, clean, file_NK)
+        alike_noised = _alike(twin, noised, of_noised_NK)
     except NoPlainGraphError as error:
         return _no_twin(str(error))
     except Exception as error:  # noqa: BLE001 (a foreign file can make any operator fail)
         return _no_twin(type(error).__name__)
-    if twin_NK.shape != file_NK.shape:
-        return _no_twin(f"it would give {tuple(twin_NK.shape)}")
-    is_same_N = torch.eq(file_NK.argmax(dim=1), twin_NK.argmax(dim=1))
-    same = Proportion(num_correct=int(is_same_N.sum()), num_total=len(is_same_N))
-    error_fraction = float((file_NK - twin_NK).norm() / file_NK.norm().clamp(min=1e-12))
     reason = (
-        f"its differentiable twin gives its label on {same} test images, and its logits to within "
-        f"{100 * error_fraction:.2g} %"
+        f"its differentiable twin gives its label on {alike.same} test images, and its logits to "
+        f"within {100 * alike.error_fraction:.2g} %; with noise of {threat} on them, on "
+        f"{alike_noised.same}, to within {100 * alike_noised.error_fraction:.2g} %"
     )
-    if same.fraction < MIN_TWIN_AGREEMENT or not error_fraction <= MAX_TWIN_ERROR:
-        return Twin(module=None, agreement=same, reason=f"{reason}: too far to attack through it")
-    return Twin(module=twin, agreement=same, reason=reason)
+    if not (alike.is_close and alike_noised.is_close):
+        reason = f"{reason}: too far to attack through it"
+        return Twin(module=None, agreement=alike.same, reason=reason)
+    return Twin(module=twin, agreement=alike.same, reason=reason)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Alike:
+    """How much two functions agree."""
+
+    same: Proportion
+    error_fraction: float
+
+    @property
+    def is_close(self) -> bool:
+        is_near = self.error_fraction <= MAX_TWIN_ERROR  # not if it is not-a-number
+        return is_near and self.same.fraction >= MIN_TWIN_AGREEMENT
+
+
+def _alike(twin: Model, xs: Sequence[Tensor], file_NK: Tensor) -> _Alike:
+    twin_NK = torch.cat([twin(x_NCHW) for x_NCHW in xs])
+    if twin_NK.shape != file_NK.shape:
+        raise NoPlainGraphError(f"it would give {tuple(twin_NK.shape)}")
+    is_same_N = torch.eq(file_NK.argmax(dim=1), twin_NK.argmax(dim=1))
+    spread = (file_NK - file_NK.mean(dim=1, keepdim=True)).norm()
+    return _Alike(
+        same=Proportion(num_correct=int(is_same_N.sum()), num_total=len(is_same_N)),
+        error_fraction=float((file_NK - twin_NK).norm() / spread.clamp(min=1e-12)),
+    )
+
+
+def _noised(batch: Batch, threat: ThreatModel) -> Tensor:
+    keys_N = child_keys(batch.keys_N.cpu(), Purpose.TWIN_NOISE)
+    return inner_points(batch.x_NCHW.cpu(), threat, KeyedDraws(keys_N=keys_N))
 
 
 def _no_twin(why: str) -> Twin:
@@ -110,8 +154,9 @@ def describe_artefact(
     *,
     threat: ThreatModel,
     stands_transfer_N: Tensor | None,
+    validity: Sequence[ValidityRow],
 ) -> ArtefactFacts:
-    """How the file was attacked, and whether transferred images alone would have flattered.
+    """How the file was attacked, whether it hides gradients, and whether transfer would flatter.
 
     Args:
         twin: of the file.
@@ -120,32 +165,61 @@ def describe_artefact(
         threat: what the attacker may do.
         stands_transfer_N: whether the file withstands images made on its source, bool [N]; None
             if that was not tried.
+        validity: the checks of the verification; what they say of hidden gradients is repeated.
     """
-    if source is None or stands_transfer_N is None:
-        return ArtefactFacts(
-            attacked_through="twin" if twin.module is not None else "source",
-            twin=twin.reason,
-            transfer=None,
-            source=None,
-            gradients_are_masked=False,
-            masking="not asked: no images were made on a source",
-        )
-    stands_source_N = _stands(source, batch, threat=threat)
-    better = int((stands_transfer_N & ~stands_source_N).sum())
-    worse = int((~stands_transfer_N & stands_source_N).sum())
-    p_value = p_value_of_drop(num_broken=better, num_fixed=worse)
-    gain = (better - worse) / len(stands_source_N)
-    is_masked = p_value < _MASKED_P_VALUE and gain > _MASKED_FRACTION
-    verdict = "gradients are masked" if is_masked else "no sign of masked gradients"
-    return ArtefactFacts(
+    is_masked, masking = _masking(validity)
+    facts = ArtefactFacts(
         attacked_through="twin" if twin.module is not None else "source",
         twin=twin.reason,
-        transfer=_count(stands_transfer_N),
-        source=_count(stands_source_N),
+        transfer=None,
+        source=None,
         gradients_are_masked=is_masked,
-        masking=f"{verdict}: {better} images fool only the source they were made on, {worse} only "
-        f"the file, of {len(stands_source_N)} (p = {p_value:.2g})",
+        masking=f"{masking}; no images were made on a source",
     )
+    if source is None or stands_transfer_N is None:
+        return facts
+    stands_source_N = _stands(source, batch, threat=threat)
+    flatters, flattery = _flattery(stands_transfer_N, stands_source_N)
+    counts = {"transfer": _count(stands_transfer_N), "source": _count(stands_source_N)}
+    told = {"transfer_flatters": flatters, "masking": f"{masking}; {flattery}"}
+    return facts.model_copy(update=counts | told)
+
+
+def _masking(validity: Sequence[ValidityRow]) -> tuple[bool, str]:
+    """Whether attacks without the gradients of the file beat those with them; and in words."""
+    rows = [row for row in validity if row.name in _WITHOUT_GRADIENTS]
+    alarms = [row for row in rows if row.status == "alarm"]
+    if alarms:
+        found = "; ".join(
+            f"{_WITHOUT_GRADIENTS[row.name]} alone broke {row.found}" for row in alarms
+        )
+        return True, f"gradients are masked: {found} against attacks with gradients"
+    asked = [_WITHOUT_GRADIENTS[row.name] for row in rows if row.status == "passed"]
+    if not asked:
+        return False, "whether gradients are masked was not asked"
+    return False, (
+        f"no sign of masked gradients: {' and '.join(asked)} broke no more than chance of what "
+        "stood against attacks with gradients"
+    )
+
+
+def _flattery(stands_transfer_N: Tensor, stands_source_N: Tensor) -> tuple[bool, str]:
+    """Whether a file looks better than its source under images made on that; and in words."""
+    better = int((stands_transfer_N & ~stands_source_N).sum())
+    worse = int((~stands_transfer_N & stands_source_N).sum())
+    num_images = len(stands_source_N)
+    p_value = p_value_of_drop(num_broken=better, num_fixed=worse)
+    gain = (better - worse) / num_images
+    counts = (
+        f"{better} images fool only the source they were made on, {worse} only the file, of "
+        f"{num_images} (p = {p_value:.2g})"
+    )
+    if p_value < _FLATTERS_P_VALUE and gain > _FLATTERS_FRACTION:
+        return True, (
+            "to images made on its source its gradients are masked, or it is another function by "
+            f"now: transfer alone would flatter by {100 * gain:.1f} points: {counts}"
+        )
+    return False, f"transfer alone would not flatter: {counts}"
 
 
 def _stands(source: Model, batch: Batch, *, threat: ThreatModel) -> Tensor:

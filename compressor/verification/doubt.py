@@ -44,6 +44,8 @@ def check_verification(
     is_whole = _STRONGEST in by_name
     by_transfer_N = _broken(samples, prepared.stages, kind="transfer", device=batch.y_N)
     by_white_box_N = _broken(samples, prepared.stages, kind="white-box", device=batch.y_N)
+    is_late = _transfer_is_late(prepared.stages)
+    model = prepared.model
     claim = Claim(
         model=subject.float32,
         x_NCHW=batch.x_NCHW,
@@ -53,16 +55,19 @@ def check_verification(
         attack=stage.search,
         num_steps=int(stage.parameters.get("num_steps", 1)),
         broken_by_white_box_N=by_white_box_N if is_whole else None,
-        tried_by_white_box_N=by_white_box_N | ~by_transfer_N,
+        tried_by_white_box_N=None if is_late else by_white_box_N | ~by_transfer_N,
+        broken_by_transfer_N=by_transfer_N if is_late else None,
         broken_by_square_N=_broken(samples, prepared.stages, kind="black-box", device=batch.y_N)
         if "square" in by_name
         else None,
         teachers=_differentiable(prepared),
         features=_features(prepared, batch) if is_whole else None,
+        file=None if model.file is None else subject.answer,
+        is_twin=model.twin is not None and model.twin.module is not None,
     )
     rows = check_validity(claim)
     repeats = repeated_images(_images(prepared, num_images=len(found.samples)))
-    if prepared.model.file is not None:
+    if model.file is not None:
         of_file = output_checks(subject.answer, batch.x_NCHW, threat=prepared.threat)
         rows = (*map(_worse, of_file, rows), *rows[len(of_file) :])
     if not is_whole:
@@ -73,8 +78,10 @@ def check_verification(
     return repeats, *rows
 
 
-def artefact_facts(prepared: Prepared, found: Verification) -> ArtefactFacts | None:
-    """How a file was attacked; None for a network."""
+def artefact_facts(
+    prepared: Prepared, found: Verification, validity: Sequence[ValidityRow]
+) -> ArtefactFacts | None:
+    """How a file was attacked, and what the checks say of its gradients; None for a network."""
     model = prepared.model
     if model.twin is None:
         return None
@@ -93,7 +100,14 @@ def artefact_facts(prepared: Prepared, found: Verification) -> ArtefactFacts | N
         batch,
         threat=prepared.threat,
         stands_transfer_N=stands_N,
+        validity=validity,
     )
+
+
+def _transfer_is_late(stages: Sequence[Stage]) -> bool:
+    """Whether transferred images were tried after all attacks with gradients had ended."""
+    kinds = [stage.kind for stage in stages if stage.kind != "black-box"]
+    return "white-box" in kinds and kinds.count("transfer") == 1 and kinds[-1] == "transfer"
 
 
 def _images(prepared: Prepared, *, num_images: int) -> Iterator[Tensor]:

@@ -30,15 +30,15 @@ from compressor.performance import Performance, resolve_performance
 from compressor.performance_settings import PerformanceSettings
 from compressor.reports.files import ReportFiles
 from compressor.teachers import Teacher
-from compressor.threat import Norm, ThreatModel, format_pixels
+from compressor.threat import DEFAULT_THREAT, Norm, ThreatModel, format_pixels
 from compressor.verification.cascade import Subject
+from compressor.verification.claimed_threat import claimed_threat
 from compressor.verification.journal import Journal, plan_id
 from compressor.verification.rows import found_teachers, training_facts
 from compressor.verification.target import Model, Target, load_target, open_target
 from compressor.verification.verification import VerificationPlan, network_subject
 
 DEFAULT_ATTACKS = (*PAPER_ATTACKS, *AUTOATTACK)
-DEFAULT_EPSILON_PIXELS = 8 / 255
 _MAX_ROW_NUMBERS = 250 * 3 * 64 * 64
 """Above it a chunk of 250 images would not fit into memory; it is then smaller."""
 _MIN_ROWS = 8
@@ -159,9 +159,10 @@ def prepare(request: VerificationRequest) -> Prepared:
         device=performance.device,
         num_images=request.num_images,
     )
-    model = load_target(target, split)
+    threat = _threat(request, target)
+    model = load_target(target, split, threat=threat)
+    _refuse_threat(threat, request, target, split)
     training_facts(target)  # or what is missing would be found after hours of attacks
-    threat = _threat(request, target, split)
     batch_size = request.batch_size or fitting_batch_size(split.image_shape)
     teachers = _teachers(target, split, performance)
     stages = build_stages(
@@ -218,28 +219,30 @@ def _sources(
     return [performance.place_network(model.network).eval(), *sources]
 
 
-def _threat(request: VerificationRequest, target: Target, split: TestSplit) -> ThreatModel:
-    own = _own_threat(target)
-    norm = request.norm or own.norm
+def _threat(request: VerificationRequest, target: Target) -> ThreatModel:
+    own = claimed_threat(target).threat or DEFAULT_THREAT
     epsilon = request.epsilon_pixels
-    if epsilon is None and norm != own.norm:
-        raise UsageError(f"--norm {norm} needs a radius of its own; give --epsilon, such as 0.5")
-    threat = ThreatModel(
-        norm=norm, epsilon_pixels=own.epsilon_pixels if epsilon is None else epsilon
+    return ThreatModel(
+        norm=request.norm or own.norm,
+        epsilon_pixels=own.epsilon_pixels if epsilon is None else epsilon,
     )
+
+
+def _refuse_threat(
+    threat: ThreatModel, request: VerificationRequest, target: Target, split: TestSplit
+) -> None:
+    """Where nobody said it, or it cannot be meant."""
+    claimed, norm = claimed_threat(target), threat.norm
+    if request.epsilon_pixels is None and claimed.threat is None:
+        raise UsageError(f"{claimed.problem}; give the radius with --epsilon, such as 8/255")
+    if request.epsilon_pixels is None and claimed.threat and norm != claimed.threat.norm:
+        raise UsageError(f"--norm {norm} needs a radius of its own; give --epsilon, such as 0.5")
     largest = 1.0 if norm == "linf" else sqrt(prod(split.image_shape))
     if not 0 < threat.epsilon_pixels <= largest:
         raise UsageError(
             f"--epsilon {threat.epsilon_pixels:g} is outside (0, {largest:g}]. Images are scaled "
             'to [0, 1]: write eight grey levels as "8/255"'
         )
-    return threat
-
-
-def _own_threat(target: Target) -> ThreatModel:
-    if target.recipe is None:
-        return ThreatModel(epsilon_pixels=DEFAULT_EPSILON_PIXELS)
-    return target.recipe.threat.build()
 
 
 def fitting_batch_size(image_shape: ImageShape) -> int:
@@ -272,7 +275,7 @@ def _label(
     parts = []
     if request.num_images is not None:
         parts.append(str(request.num_images))
-    if threat != _own_threat(target):
+    if threat != (claimed_threat(target).threat or DEFAULT_THREAT):
         radius = (
             format_pixels(threat.epsilon_pixels)
             if threat.norm == "linf"

@@ -23,6 +23,7 @@ from compressor.reports.files import report_of_file
 from compressor.reports.report import TargetFacts
 from compressor.run_directory import RunDirectory, read_facts
 from compressor.teachers import load_model
+from compressor.threat import DEFAULT_THREAT, ThreatModel
 from compressor.verification.artefact import Twin, checked_twin, compared_images, rounds
 from compressor.weights import sha256_of_file
 
@@ -128,6 +129,8 @@ def open_target(
             provider=provider,
         )
         source = source or _run_around(file)
+        if sidecar_sha256 is not None and isinstance(file, OnnxModel):
+            raise UsageError(f"--manifest-sha256 is for bundles and engines; {path} is neither")
     elif source is not None or provider != "cpu":
         option = "--provider" if source is None else "--source"
         raise UsageError(f"{option} is for exported files; {path} is not one")
@@ -160,8 +163,8 @@ def _run_around(file: FileModel) -> str | None:
     return str(run.path) if named is not None and named == made_from else None
 
 
-def load_target(target: Target, split: TestSplit) -> Model:
-    """The model, checked against the test images.
+def load_target(target: Target, split: TestSplit, *, threat: ThreatModel = DEFAULT_THREAT) -> Model:
+    """The model, checked against the test images; a twin of a file also around them.
 
     Raises:
         RunError: if training has not ended.
@@ -185,7 +188,7 @@ def load_target(target: Target, split: TestSplit) -> Model:
         return Model(facts=facts, network=network, spec=spec, file=None, num_bytes=num_bytes)
     _check_file(target.file, split)
     images = compared_images(split)
-    twin = checked_twin(target.file, images)
+    twin = checked_twin(target.file, images, threat=threat)
     if network is not None and weights_sha256 is not None:
         refuse_other_source(
             target.file,

@@ -1,5 +1,6 @@
 """TensorRT engines as targets of a benchmark; one that nobody vouches for is never opened."""
 
+import json
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
@@ -79,6 +80,18 @@ def engine_of_run(path: Path, *, like: BenchTarget, trusted_sha256: Collection[s
     except RobustCompressError as error:
         unopened = _unopened(path, like, _reason(error, path))
         return replace(unopened, sidecar_sha256=sidecar_sha256)
+
+
+def built_from(path: Path) -> tuple[str, str] | None:
+    """Name and SHA-256 of the ONNX file that an engine was built from, as its sidecar says.
+
+    None: nobody says it.
+    """
+    try:
+        facts = json.loads(read_limited(sidecar_of(path), max_bytes=_MAX_SIDECAR_BYTES))
+        return Path(str(facts["onnx"]["file"])).name, str(facts["onnx"]["sha256"])
+    except (DeviceError, KeyError, TypeError, ValueError, RecursionError):
+        return None
 
 
 def _vouched_for(path: Path, trusted_sha256: Collection[str]) -> str | None:

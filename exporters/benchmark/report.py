@@ -76,10 +76,17 @@ def run_benchmark(
     )
 
 
-def write_benchmark(benchmark: Benchmark, folder: Path) -> list[Path]:
+def write_benchmark(
+    benchmark: Benchmark, folder: Path, *, left_out: Sequence[str] = ()
+) -> list[Path]:
     """Write it for programs and for people and, if there is one, the picture; the paths.
 
     Files have the names that they have in a run, whether `folder` is one or not.
+
+    Args:
+        benchmark: the record.
+        folder: is made if it is not there.
+        left_out: for people, what was not measured or not believed, and why.
     """
     files, picture = RunDirectory(folder), pareto_picture(benchmark)
     write_json_atomically(files.benchmark, benchmark.model_dump(mode="json"))
@@ -87,17 +94,17 @@ def write_benchmark(benchmark: Benchmark, folder: Path) -> list[Path]:
         files.benchmark_picture.unlink(missing_ok=True)  # of an earlier benchmark
     else:
         write_text_atomically(files.benchmark_picture, standalone_svg(picture))
-    write_text_atomically(files.benchmark_markdown, to_markdown(benchmark))
+    write_text_atomically(files.benchmark_markdown, to_markdown(benchmark, left_out=left_out))
     written = [files.benchmark, files.benchmark_markdown]
     return [*written, *([files.benchmark_picture] if picture else [])]
 
 
-def to_markdown(benchmark: Benchmark) -> str:
+def to_markdown(benchmark: Benchmark, *, left_out: Sequence[str] = ()) -> str:
     """For people; names come from strangers, and none of them can become markup."""
     picture = pareto_picture(benchmark)
     costs, accuracies = map(_markdown, artefact_tables(benchmark))
     latencies = _markdown(latency_table(benchmark))
-    lines = [*verdicts(benchmark), *fronts(benchmark), *notes(benchmark)]
+    lines = [*left_out, *verdicts(benchmark), *fronts(benchmark), *notes(benchmark)]
     listed = "\n".join(f"- {plain(line)}" for line in lines)
     file = RunDirectory(Path()).benchmark_picture.name
     shown = [f"![{plain(picture.alt)}]({file})"] if picture else []

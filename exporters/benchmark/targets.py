@@ -3,15 +3,15 @@
 C channels, H and W pixels.
 """
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
 from compressor.architectures.build import build_backbone, infer_width
 from compressor.device.kit_files import KIT_FILE, read_kit
-from compressor.errors import ArtefactMismatchError, UsageError
+from compressor.errors import ArtefactMismatchError, RunError, UsageError
 from compressor.networks import (
     Classifier,
     NetworkSpec,
@@ -21,9 +21,9 @@ from compressor.networks import (
 )
 from compressor.onnx_model import load_onnx_model
 from compressor.onnx_providers import Provider
-from compressor.run_directory import RunDirectory
+from compressor.run_directory import RunDirectory, read_facts
 from compressor.weights import count_classes, read_state_dict, sha256_of_file
-from exporters.benchmark.engine_targets import engine_of_run, engine_target
+from exporters.benchmark.engine_targets import built_from, engine_of_run, engine_target
 from exporters.benchmark.onnx_target import onnx_target
 from exporters.benchmark.target import Answer, BenchTarget, Images, ImageShape
 from exporters.bundle.manifest import KIT_FOLDER, MANIFEST_FILE
@@ -37,6 +37,7 @@ class _Wanted:
     image_shape: ImageShape | None
     provider: Provider
     trusted_sha256: Collection[str]
+    leave_out: Callable[[Path, str], None] = field(compare=False)
 
 
 def find_targets(
@@ -45,30 +46,39 @@ def find_targets(
     image_shape: ImageShape | None = None,
     provider: Provider = "cpu",
     trusted_sha256: Collection[str] = (),
+    leave_out: Callable[[Path, str], None] = lambda *_: None,
 ) -> list[BenchTarget]:
     """What a run, a bundle, a build kit, an exported file, or a file of weights holds.
 
     A run is its network, every ONNX file exported from it but those that failed their check, and
-    its engines. A bundle or a build kit is its ONNX files, each compared with its hash.
+    its engines; what was made from other weights than it holds now is left out. A bundle or a build
+    kit is its ONNX files, each compared with its hash.
 
     Args:
         source: as typed: a folder, FILE.onnx, FILE.engine, ARCH:WEIGHTS or WEIGHTS.
         image_shape: of the images where the file does not say it.
         provider: what runs ONNX files.
         trusted_sha256: of the sidecars of engines that may be run.
+        leave_out: told which files of a run are left out, and why.
 
     Raises:
         UsageError: if nobody says which images it takes.
         RobustCompressError: if it is not what it should be, or what runs it is not here.
     """
     path = Path(source)
-    wanted = _Wanted(image_shape=image_shape, provider=provider, trusted_sha256=trusted_sha256)
+    wanted = _Wanted(
+        image_shape=image_shape,
+        provider=provider,
+        trusted_sha256=trusted_sha256,
+        leave_out=leave_out,
+    )
     if path.is_dir():
         return _targets_in(path, wanted)
     if path.suffix == ".onnx":
-        return [_onnx_target(path, wanted)]
+        return [_dated(_onnx_target(path, wanted))]
     if path.suffix == ".engine":
-        return [engine_target(path, trusted_sha256=trusted_sha256, image_shape=image_shape)]
+        target = engine_target(path, trusted_sha256=trusted_sha256, image_shape=image_shape)
+        return [_dated(target)]
     if ":" in source and not path.is_file():
         return [_architecture_target(source, image_shape)]
     network, spec = load_classifier(path)
@@ -109,16 +119,51 @@ def _targets_of_run(run: RunDirectory, wanted: _Wanted) -> list[BenchTarget]:
     unproven = run.unverified_onnx("*").name
     exports = sorted(run.exports.glob("*.onnx"))
     files = [path for path in exports if not path.match(unproven)]
-    artefacts = [_onnx_target(path, wanted, folder=run.path) for path in files]
-    artefacts.sort(key=lambda target: -target.num_bytes)
-    made_from = {Path(target.source).stem: target for target in artefacts}
-    engines = [
-        engine_of_run(
-            path, like=made_from.get(path.stem, first), trusted_sha256=wanted.trusted_sha256
+    found = [_dated(_onnx_target(path, wanted, folder=run.path)) for path in files]
+    found.sort(key=lambda target: -target.num_bytes)
+    for stale in (target for target in found if target.is_stale):
+        wanted.leave_out(
+            Path(stale.source),
+            f"made from other weights than {run.path} holds now; export it again",
         )
-        for path in sorted(run.exports.glob("*.engine"))
+    return [
+        first,
+        *(target for target in found if not target.is_stale),
+        *_engines_of_run(run, found, wanted, like=first),
     ]
-    return [first, *artefacts, *engines]
+
+
+def _engines_of_run(
+    run: RunDirectory, files: Sequence[BenchTarget], wanted: _Wanted, *, like: BenchTarget
+) -> list[BenchTarget]:
+    """Those that were not built from a file that is stale, or is no longer there as it was."""
+    made_from = {target.name: target for target in files}
+    engines = []
+    for path in sorted(run.exports.glob("*.engine")):
+        name, sha256 = built_from(path) or ("", "")
+        source = made_from.get(name)
+        if source is not None and (source.is_stale or source.sha256 != sha256):
+            wanted.leave_out(
+                path, f"built from another {name} than that of the run; build it again"
+            )
+            continue
+        same_name = made_from.get(f"{path.stem}.onnx")
+        nearest = like if same_name is None or same_name.is_stale else same_name
+        engines.append(engine_of_run(path, like=nearest, trusted_sha256=wanted.trusted_sha256))
+    return engines
+
+
+def _dated(target: BenchTarget) -> BenchTarget:
+    """The same, marked as stale if it is in a run that has other weights now."""
+    folder = Path(target.source).absolute().parent
+    run = RunDirectory(folder.parent)
+    if run.exports != folder or not is_run(run.path):
+        return target
+    try:
+        weights = read_facts(run).get("model_sha256")
+    except RunError:  # it is not known
+        return target
+    return replace(target, is_stale=target.source_sha256 not in {weights, None})
 
 
 def _onnx_target(path: Path, wanted: _Wanted, *, folder: Path | None = None) -> BenchTarget:

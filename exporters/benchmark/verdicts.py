@@ -88,7 +88,9 @@ def fronts(benchmark: Benchmark) -> list[str]:
         lines.append(f"Worst cases of different attacks: {'; '.join(protocols)}.")
     masked = [r.name for r in benchmark.targets if r.accuracy and r.accuracy.gradients_are_masked]
     if masked:
-        lines.append(f"Gradients are masked, so robust accuracy flatters: {', '.join(masked)}.")
+        lines.append(
+            f"Gradients are masked, so the attacks on it showed nothing: {', '.join(masked)}."
+        )
     return lines
 
 

@@ -10,46 +10,42 @@ A bundle on disk::
 The same inputs give the same bytes.
 """
 
+import os
 import platform
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
 from compressor import __version__
 from compressor.device.build_options import BuildOptions
-from compressor.device.kit_files import MAX_MODEL_BYTES, DeviceError, read_limited, sha256_of
+from compressor.device.kit_files import DeviceError, read_limited, sha256_of
 from compressor.environment import package_versions
 from compressor.errors import RobustCompressError
 from compressor.run_directory import (
     folder_written_atomically,
     read_facts,
-    read_json,
     write_bytes_atomically,
 )
 from exporters.bundle.found_reports import FoundReports, find_reports
 from exporters.bundle.manifest import (
-    ENGINE_FOLDER,
     KIT_FOLDER,
     MANIFEST_FILE,
     MAX_MANIFEST_BYTES,
     SIGNATURE_FILE,
-    BundledEngine,
-    BundledModel,
     BundleError,
     BundleManifest,
     FileFacts,
-    HopFacts,
     SplitFacts,
     ThreatFacts,
     parse_manifest,
 )
+from exporters.bundle.rows import engine_rows, model_row, refuse_stale
 from exporters.bundle.signature import load_private_key, sign
 from exporters.engine.workflow import export_kit
-from exporters.exported_model import ExportedModel, verification_table
+from exporters.exported_model import ExportedModel
 from exporters.request import Prepared
 
 if TYPE_CHECKING:
@@ -103,12 +99,20 @@ def check_bundle_request(folder: Path, signing_key: Path | None) -> None:
     """Refuse early what `write_bundle` would refuse after the work is done.
 
     Raises:
-        BundleError: if the folder holds something else than a bundle, or the key is of no use.
+        BundleError: if the folder holds something else than a bundle or cannot be made, or the key
+            is of no use.
         MissingDependencyError: if signing needs a package that is not here.
     """
+    if Path.cwd().is_relative_to(folder.resolve()):
+        raise BundleError(
+            f"{folder} is where you are, and would be replaced; choose another folder"
+        )
     is_empty = folder.is_dir() and not any(folder.iterdir())
     if folder.is_symlink() or (folder.exists() and not is_empty):
         _refuse_what_is_no_bundle(folder)
+    there = next(path for path in folder.absolute().parents if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise BundleError(f"{there} cannot be written to; choose another folder for the bundle")
     if signing_key is not None:
         load_private_key(signing_key)
         if signing_key.resolve().is_relative_to(folder.resolve()):
@@ -139,22 +143,20 @@ def write_bundle(
     Raises:
         BundleError: if the folder, an engine or the key is not as it must be.
         ExportError: if a file cannot go into a kit.
-        ArtefactMismatchError: if a file does not answer its golden images.
+        ArtefactMismatchError: if a file does not answer its golden images, or was made of other
+            weights than the run holds now.
         MissingDependencyError: if signing needs a package that is not here.
     """
     check_bundle_request(folder, signing_key)
     key = None if signing_key is None else load_private_key(signing_key)
+    refuse_stale(prepared, made)
     with folder_written_atomically(folder) as new:
         try:
             export_kit(prepared, made, options=options, folder=new / KIT_FOLDER)
             manifest, content, found = _fill(new, prepared, made, engines=engines, key=key)
         except ValidationError as error:  # such as a class name that steers a terminal
-            shutil.rmtree(new)
             first = error.errors()[0]
             raise BundleError(f"{first['loc']} cannot be in a bundle: {first['msg']}") from None
-        except BaseException:
-            shutil.rmtree(new)
-            raise
     sizes = [facts.num_bytes for facts in manifest.files.values()]
     return WrittenBundle(
         folder=folder,
@@ -175,8 +177,8 @@ def _fill(
     key: "ec.EllipticCurvePrivateKey | None",
 ) -> tuple[BundleManifest, bytes, FoundReports]:
     """Add to the kit all that is not in it, the manifest last."""
-    models = tuple(_model(exported) for exported in made)
-    rows, contents = _engines(engines, models)
+    models = tuple(model_row(exported) for exported in made)
+    rows, contents = engine_rows(engines, models)
     names = {prepared.source_sha256: "student"}
     names |= {row.sha256: Path(row.file).stem for row in models}
     names |= {row.sha256: Path(row.file).name for row in rows}
@@ -203,63 +205,6 @@ def _fill(
     if key is not None:
         write_bytes_atomically(new / SIGNATURE_FILE, sign(content, key))
     return manifest, content, found
-
-
-def _model(exported: ExportedModel) -> BundledModel:
-    return BundledModel(
-        file=f"{KIT_FOLDER}/{exported.path.name}",
-        sha256=exported.sha256,
-        variant=exported.variant,
-        opset=exported.opset,
-        input_name=exported.input_name,
-        input_contract=exported.input_contract,
-        calibration_index_sha256=exported.details.get("calibration_index_sha256"),
-        hop=HopFacts.of(verification_table(exported.verification)),
-        details=exported.details,
-    )
-
-
-def _engines(
-    paths: Sequence[Path], models: Sequence[BundledModel]
-) -> tuple[tuple[BundledEngine, ...], dict[str, bytes]]:
-    """The engines with what their sidecars say, and the content of all these files."""
-    rows: list[BundledEngine] = []
-    contents: dict[str, bytes] = {}
-    for path in paths:
-        sidecar = path.with_name(f"{path.name}.json")
-        try:
-            plan = read_limited(path, max_bytes=MAX_MODEL_BYTES)
-            described = read_limited(sidecar, max_bytes=MAX_MANIFEST_BYTES)
-            row = _engine(path, read_json(sidecar), models)
-        except DeviceError as error:
-            raise BundleError(str(error)) from None
-        except (KeyError, TypeError, ValidationError) as error:
-            raise BundleError(f"{sidecar} is damaged ({error}); build the engine again") from None
-        if row.sha256 != sha256_of(plan):
-            raise BundleError(f"{path} is not the file that {sidecar.name} names; build it again")
-        rows.append(row)
-        contents |= {row.file: plan, row.sidecar: described}
-    return tuple(rows), contents
-
-
-def _engine(
-    path: Path, sidecar: Mapping[str, Any], models: Sequence[BundledModel]
-) -> BundledEngine:
-    made_of = [model for model in models if model.sha256 == sidecar["onnx"]["sha256"]]
-    if not made_of:
-        raise BundleError(f"{path} was not made of a file of this bundle; build it again")
-    hop = sidecar.get("verification")
-    return BundledEngine(
-        file=f"{ENGINE_FOLDER}/{path.name}",
-        sha256=sidecar["engine"]["sha256"],
-        sidecar=f"{ENGINE_FOLDER}/{path.name}.json",
-        onnx_file=made_of[0].file,
-        flavour=sidecar["tensorrt"]["flavour"],
-        version=sidecar["tensorrt"]["version"],
-        gpu=sidecar["machine"]["gpu"],
-        status=sidecar["status"],
-        hop=None if hop is None else HopFacts.of(hop),
-    )
 
 
 def _split(prepared: Prepared) -> SplitFacts:

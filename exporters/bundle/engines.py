@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import Literal
 
 import compressor
+from compressor.atomic_folder import failures_named
 from compressor.device.cuda import gpu_name
 from compressor.device.kit_files import CODE_FOLDER, KIT_FILE, DeviceError, Kit, KitEntry
 from compressor.device.tensorrt_runtime import import_tensorrt
@@ -57,9 +58,8 @@ def run_engine(hashed: HashedKit, entry: KitEntry, *, plan: bytes, sidecar: byte
     Raises:
         DeviceError: if a file of the kit was changed since it was hashed.
     """
-    with _private_copy(hashed) as folder:
-        (folder / entry.engine_file).write_bytes(plan)
-        (folder / f"{entry.engine_file}.json").write_bytes(sidecar)
+    files = {entry.engine_file: plan, f"{entry.engine_file}.json": sidecar}
+    with _private_copy(hashed, files) as folder:
         return _replay(folder, hashed, entry)
 
 
@@ -69,7 +69,7 @@ def rebuild_engine(hashed: HashedKit, entry: KitEntry) -> EngineRun:
     Raises:
         DeviceError: if a file of the kit was changed since it was hashed.
     """
-    with _private_copy(hashed) as folder:
+    with _private_copy(hashed, {}) as folder:
         built = _run(
             "compressor.device.build_engine",
             ("--kit", str(folder), "--kit-sha256", hashed.sha256, "--model", entry.file),
@@ -132,13 +132,16 @@ def _run(
 
 
 @contextmanager
-def _private_copy(hashed: HashedKit) -> Iterator[Path]:
-    """A copy of a kit that nobody else writes into, each file hashed as it is read."""
+def _private_copy(hashed: HashedKit, more: Mapping[str, bytes]) -> Iterator[Path]:
+    """A copy of a kit that nobody else writes into, each file hashed as it is read; and more."""
     kit = hashed.kit
     with TemporaryDirectory(prefix="robust-compress-") as name:
         folder = Path(name)
-        (folder / CODE_FOLDER).mkdir()
-        for file in kit.sha256_of_file:
-            (folder / file).write_bytes(kit.read_checked(file))
-        (folder / KIT_FILE).write_bytes((kit.folder / KIT_FILE).read_bytes())
+        with failures_named(folder, instead_of=folder):
+            (folder / CODE_FOLDER).mkdir()
+            for file in kit.sha256_of_file:
+                (folder / file).write_bytes(kit.read_checked(file))
+            (folder / KIT_FILE).write_bytes((kit.folder / KIT_FILE).read_bytes())
+            for file, content in more.items():
+                (folder / file).write_bytes(content)
         yield folder

@@ -104,6 +104,9 @@ class HopFacts(_Table):
     clean_drop: Drop
     robust: Count
     robust_drop: Drop
+    max_clean_drop: float
+    """What `verified` was decided by, with the next."""
+    max_robust_drop: float
 
     @classmethod
     def of(cls, table: Mapping[str, Any]) -> Self:
@@ -114,6 +117,8 @@ class HopFacts(_Table):
             reason=printable(table["reason"]),
             clean_drop=Drop(**table["clean_drop"]),
             robust_drop=Drop(**table["robust_drop"]),
+            max_clean_drop=table["budget"]["max_clean_drop"],
+            max_robust_drop=table["budget"]["max_robust_drop"],
             **{name: Count.of(Proportion(**table[name])) for name in counts},
         )
 

@@ -7,8 +7,7 @@ N images, C channels, H and W pixels, K classes.
 
 import json
 import re
-import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -118,26 +117,21 @@ def write_build_kit(
     _refuse_other_folders(folder)
     files = _code() | {GOLDEN_FILE: golden.to_npz()}
     files["README.md"] = readme([model.path.name for model in models], threat=threat).encode()
-    table = {
-        "schema_version": 1,
-        "class_names": list(class_names),
-        "threat": threat,
-        **contract.to_table(),
-        "models": [_row(model, contents[model.path.name]) for model in models],
-        "build": options.to_table(),
-        "files": {name: sha256_of(files[name]) for name in sorted(files)},
-    }
-    kit_json = (json.dumps(table, indent=2, allow_nan=False) + "\n").encode()
+    rows = [_row(model, contents[model.path.name]) for model in models]
+    about = {"class_names": list(class_names), "threat": threat, **contract.to_table()}
+    kit_json = _kit_json({**about, "models": rows, "build": options.to_table()}, files)
     with folder_written_atomically(folder) as new:
-        try:
-            (new / CODE_FOLDER).mkdir()
-            for name, content in {**contents, **files, KIT_FILE: kit_json}.items():
-                (new / name).write_bytes(content)
-            _replay_all(new, folder)
-        except BaseException:
-            shutil.rmtree(new)
-            raise
+        (new / CODE_FOLDER).mkdir()
+        for name, content in {**contents, **files, KIT_FILE: kit_json}.items():
+            (new / name).write_bytes(content)
+        _replay_all(new, folder)
     return sha256_of(kit_json)
+
+
+def _kit_json(table: Mapping[str, Any], files: Mapping[str, bytes]) -> bytes:
+    hashes = {name: sha256_of(files[name]) for name in sorted(files)}
+    whole = {"schema_version": 1, **table, "files": hashes}
+    return (json.dumps(whole, indent=2, allow_nan=False) + "\n").encode()
 
 
 def _row(model: KitModel, content: bytes) -> dict[str, Any]:

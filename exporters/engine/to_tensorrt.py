@@ -1,11 +1,11 @@
 """From an ONNX file to a TensorRT engine and its sidecar; unverified until somebody runs it."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from compressor.device import tensorrt_runtime
 from compressor.device.build_engine import sidecar_of, write_engine_files
@@ -33,7 +33,7 @@ _EXTRA = "  or, as a part of robust-compress: pip install 'robust-compress[tenso
 
 @dataclass(frozen=True, kw_only=True)
 class EngineFacts:
-    """An engine that was written and never run."""
+    """An engine that was built."""
 
     path: Path
     sidecar: Path
@@ -50,7 +50,6 @@ class EngineFacts:
     """None: built without one."""
     build_seconds: float
     warnings: tuple[str, ...]
-    status: str = "unverified"
 
 
 def import_tensorrt(flavour: str | None = None) -> TensorRT:
@@ -80,7 +79,25 @@ def device_errors_explained() -> Iterator[None]:
         raise ExportError(str(error)) from None
 
 
-def write_engine(
+@dataclass(frozen=True, kw_only=True, eq=False)
+class NewEngine:
+    """An engine in memory, so that it can be tried before it replaces another."""
+
+    facts: EngineFacts
+    built: BuiltEngine
+    sidecar: Mapping[str, Any]
+
+    def write(self, *, shown: Mapping[str, Any] | None = None) -> None:
+        """Write it to `facts.path` and its sidecar beside it, each as a whole or not at all.
+
+        Args:
+            shown: further entries of the sidecar.
+        """
+        self.facts.path.parent.mkdir(parents=True, exist_ok=True)
+        write_engine_files(self.facts.path, self.built, {**self.sidecar, **(shown or {})})
+
+
+def build_engine(
     onnx_path: Path,
     path: Path,
     *,
@@ -90,18 +107,18 @@ def write_engine(
     timing_cache: Path | None = None,
     observe: Callable[[PhaseEvent], None] | None = None,
     cancel: threading.Event | None = None,
-) -> EngineFacts:
-    """Build the engine of an ONNX file and write it to `path`, and its sidecar to `path`.json.
+) -> NewEngine:
+    """Build the engine of an ONNX file.
 
     Args:
         onnx_path: one file that holds everything; its graph decides on the precision.
-        path: of the engine.
+        path: where it will be written.
         precision: what the graph is, for the record.
         options: how it is built.
         tensorrt: of `import_tensorrt`; None: the first that can be imported.
         timing_cache: a file that is read if it is there, and written after; RTX uses none.
         observe: hears how far it is, one call at a time, from other threads.
-        cancel: when it is set, the build ends at its next step and nothing is written.
+        cancel: when it is set, the build ends at its next step.
 
     Raises:
         MissingDependencyError: if TensorRT is not here.
@@ -117,19 +134,20 @@ def write_engine(
             observe=observe,
             cancel=cancel,
         )
-    onnx_sha256 = sha256_of(onnx_bytes)
-    sidecar = sidecar_of(
-        built,
-        engine_file=path.name,
-        onnx_file=onnx_path.name,
-        onnx_sha256=onnx_sha256,
-        precision=precision,
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_engine_files(path, built, sidecar)
     if timing_cache is not None and built.timing_cache is not None:
         write_atomically(timing_cache, built.timing_cache)
-    return _facts_of(built, path=path, onnx_sha256=onnx_sha256, precision=precision)
+    onnx_sha256 = sha256_of(onnx_bytes)
+    return NewEngine(
+        facts=_facts_of(built, path=path, onnx_sha256=onnx_sha256, precision=precision),
+        built=built,
+        sidecar=sidecar_of(
+            built,
+            engine_file=path.name,
+            onnx_file=onnx_path.name,
+            onnx_sha256=onnx_sha256,
+            precision=precision,
+        ),
+    )
 
 
 def _read_cache(path: Path | None) -> bytes:

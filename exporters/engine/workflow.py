@@ -19,10 +19,14 @@ from compressor.device.kit_files import MissingPackageError
 from compressor.device.tensorrt_runtime import TensorRT
 from compressor.errors import ArtefactMismatchError, TooLossyError
 from compressor.onnx_model import load_onnx_model
-from compressor.run_directory import read_json, write_json_atomically
 from exporters.engine.build_kit import KitModel, write_build_kit
 from exporters.engine.golden import Golden
-from exporters.engine.to_tensorrt import EngineFacts, device_errors_explained, write_engine
+from exporters.engine.to_tensorrt import (
+    EngineFacts,
+    NewEngine,
+    build_engine,
+    device_errors_explained,
+)
 from exporters.exported_model import (
     ExportedModel,
     ExportVerification,
@@ -104,15 +108,13 @@ def export_kit(
 def golden_of(prepared: Prepared, made: Sequence[ExportedModel]) -> Golden:
     """Held-out images, clean and attacked, and what each file answers."""
     held_out, takes_bytes = prepared.held_out, prepared.form.takes_bytes
-    # Spread, as the images may have one class after the other.
-    places_N = torch.arange(min(NUM_GOLDEN_IMAGES, held_out.num_images))
-    rows_N = places_N * held_out.num_images // len(places_N)
-    clean_NCHW, adversarial_NCHW = held_out.x_NCHW[rows_N], held_out.x_adv_NCHW[rows_N]
+    clean_NCHW = held_out.x_NCHW[:NUM_GOLDEN_IMAGES]
+    adversarial_NCHW = held_out.x_adv_NCHW[:NUM_GOLDEN_IMAGES]
     models = {exported.variant: load_onnx_model(exported.path) for exported in made}
     return Golden(
         clean_NCHW=as_input(clean_NCHW, takes_bytes=takes_bytes),
         adversarial_NCHW=as_input(adversarial_NCHW, takes_bytes=takes_bytes),
-        labels_N=held_out.y_N[rows_N].numpy(),
+        labels_N=held_out.y_N[:NUM_GOLDEN_IMAGES].numpy(),
         clean_logits_NK={name: answers(m, clean_NCHW).numpy() for name, m in models.items()},
         adversarial_logits_NK={
             name: answers(m, adversarial_NCHW).numpy() for name, m in models.items()
@@ -131,54 +133,59 @@ def export_engine(
 ) -> ExportedEngine:
     """Build the engine of one file and, where there is a GPU for it, prove this hop too.
 
+    One that loses something is not written; an engine that was there before stays.
+
     Raises:
         ExportError: if it cannot be built.
-        ArtefactMismatchError: if it does not answer as the network; the engine is removed.
-        TooLossyError: if it loses more accuracy than allowed; the engine is removed.
+        ArtefactMismatchError: if it does not answer as the network.
+        TooLossyError: if it loses more accuracy than allowed.
     """
-    path = prepared.request.run.engine(exported.variant)
-    facts = write_engine(
+    new = build_engine(
         exported.path,
-        path,
+        prepared.request.run.engine(exported.variant),
         precision=exported.variant,
         options=options,
         tensorrt=tensorrt,
         timing_cache=timing_cache,
         observe=observe,
     )
-    with device_errors_explained():
-        try:
-            engine = Engine(facts.path.read_bytes(), tensorrt=tensorrt)
-        except MissingPackageError as error:
-            return ExportedEngine(
-                facts=facts,
-                variant=exported.variant,
-                status="unverified",
-                reason=f"it was built and could not be run here: {error}",
-                verification=None,
-            )
-        with engine:
-            shown = _prove(prepared, exported, engine, tf32=options.tf32)
-    if shown.status != "verified":
-        for file in (facts.path, facts.sidecar):
-            file.unlink()
+    reason, shown = _run(prepared, exported, new, tensorrt=tensorrt, tf32=options.tf32)
+    if shown is not None and shown.status in {"failed", "too_lossy"}:
         kind = TooLossyError if shown.status == "too_lossy" else ArtefactMismatchError
         raise kind(
-            f"the hop {exported.variant} -> engine is the first that loses something: "
-            f"{shown.reason}. The engine was removed; the ONNX file is verified"
+            f"the hop {exported.variant} -> engine is the first that loses something: {reason}. "
+            "The engine is not written; the ONNX file is verified"
         )
-    sidecar = read_json(facts.sidecar)
-    shown_table = verification_table(shown)
-    write_json_atomically(
-        facts.sidecar, sidecar | {"status": "verified", "verification": shown_table}
-    )
+    is_verified = shown is not None and shown.status == "verified"
+    status: Literal["verified", "unverified"] = "verified" if is_verified else "unverified"
+    table = {} if shown is None else {"verification": verification_table(shown)}
+    new.write(shown={"status": status, **table})
     return ExportedEngine(
-        facts=facts,
+        facts=new.facts,
         variant=exported.variant,
-        status="verified",
-        reason=shown.reason,
+        status=status,
+        reason=reason,
         verification=shown,
     )
+
+
+def _run(
+    prepared: Prepared,
+    exported: ExportedModel,
+    new: NewEngine,
+    *,
+    tensorrt: TensorRT,
+    tf32: bool,
+) -> tuple[str, ExportVerification | None]:
+    """What was shown by running an engine, and in words; None if it does not run here."""
+    with device_errors_explained():
+        try:
+            engine = Engine(new.built.plan, tensorrt=tensorrt)
+        except MissingPackageError as error:
+            return f"it was built and could not be run here: {error}", None
+        with engine:
+            shown = _prove(prepared, exported, engine, tf32=tf32)
+        return shown.reason, shown
 
 
 def _prove(

@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-import torch
 from torch import Tensor, nn
 
 from compressor.data import Batch, TrainingSplit, evaluation_batches
 from compressor.onnx_model import as_bytes
+from compressor.sample_order import representative_order
 from compressor.threat import ThreatModel
 from exporters.held_out import BATCH_SIZE, attacked
 
@@ -41,14 +41,13 @@ class CalibrationImages:
     @property
     def index_sha256(self) -> str:
         """Which images, as little-endian int64 positions in the training images."""
-        index_N = self.split.index_N[self._places().to(self.split.index_N.device)]
+        index_N = self.split.index_N[self._places()]
         return hashlib.sha256(index_N.cpu().numpy().astype("<i8").tobytes()).hexdigest()
 
     def batches(self) -> "Iterator[numpy.ndarray]":
         """Batches [N, C, H, W] in the type that the file takes; one is in memory at a time."""
-        order_N = self._places().to(self.split.index_N.device)
         for place, batch in enumerate(
-            evaluation_batches(self.split, batch_size=self._batch_size, order_N=order_N)
+            evaluation_batches(self.split, batch_size=self._batch_size, order_N=self._places())
         ):
             is_attacked = self.kind == "adversarial" or (self.kind == "mixed" and place % 2)
             x_NCHW = self._attacked(batch) if is_attacked else batch.x_NCHW
@@ -68,12 +67,8 @@ class CalibrationImages:
         return -(-self._num_chosen // self._num_batches)
 
     def _places(self) -> Tensor:
-        """Spread evenly over the split, in an order that mixes its classes."""
-        num_chosen = self._num_chosen
-        places_N = torch.arange(num_chosen) * self.split.num_images // num_chosen
-        # Every batch takes from the whole split, which may have one class after the other.
-        parts = [places_N[first :: self._num_batches] for first in range(self._num_batches)]
-        return torch.cat(parts)
+        """Every batch is like the whole split, which may have one class after the other."""
+        return representative_order(self.split.labels_N, self.split.index_N)[: self._num_chosen]
 
     def _attacked(self, batch: Batch) -> Tensor:
         return attacked(self.network, batch, threat=self.threat)

@@ -39,6 +39,16 @@ class Trial:
     verification: ExportVerification
 
 
+def is_inside_budget(found: ExportVerification) -> bool:
+    """Whether nothing is wrong that layers in float could mend."""
+    return found.status in {"verified", "unverified"}
+
+
+def worth(found: ExportVerification) -> tuple[bool, int, float]:
+    """To compare candidates by, on the same images."""
+    return is_inside_budget(found), found.robust.num_correct, found.sqnr_db
+
+
 Measure = Callable[[Sequence[str]], ExportVerification]
 """Names of the layers that stay in float -> what the file is then worth."""
 
@@ -78,7 +88,7 @@ def rank_layers(
 def keep_until_inside(
     ranked: Sequence[LayerSensitivity], *, measure: Measure, num_first: int = 1
 ) -> tuple[list[LayerSensitivity], list[Trial]]:
-    """Keep 1, 2, 3, 5, 8 ... layers in float until the file is verified.
+    """Keep 1, 2, 3, 5, 8 ... layers in float until the file costs no more than allowed.
 
     No more than a third of the weights stay in float: beyond that the file has half of the bytes
     of float32, which float16 gives without loss.
@@ -89,18 +99,18 @@ def keep_until_inside(
         num_first: layers to begin with.
 
     Returns:
-        The layers, with those kept marked, and every trial. The last trial may not be verified;
-        there is none if even the first layers are too large.
+        The layers, with those of the best trial marked as kept, and every trial. None may be
+        inside the budget; there is none at all if even the first layers are too large.
     """
     trials: list[Trial] = []
     num_kept, num_before = num_first, 1
     while num_kept <= len(ranked) and _float_share(ranked[:num_kept], ranked) <= MAX_FLOAT_SHARE:
         kept = [layer.name for layer in ranked[:num_kept]]
         trials.append(Trial(num_kept=num_kept, verification=measure(kept)))
-        if trials[-1].verification.status == "verified":
+        if is_inside_budget(trials[-1].verification):
             break
         num_kept, num_before = num_kept + num_before, num_kept
-    num_marked = trials[-1].num_kept if trials else 0
+    num_marked = max(trials, key=lambda t: worth(t.verification)).num_kept if trials else 0
     marked = [replace(layer, is_kept=n < num_marked) for n, layer in enumerate(ranked)]
     return marked, trials
 

@@ -9,13 +9,20 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from compressor.onnx_graph import read_graph
-from compressor.onnx_model import load_onnx_model
+from compressor.onnx_model import OnnxModel, load_onnx_model
 from exporters.exported_model import ExportVerification, Variant
-from exporters.held_out import answers
+from exporters.held_out import HeldOut, answers, judging_places
 from exporters.hops import prove_hop, signal_to_noise_db
 from exporters.int8.audit import audit, layer_weights
 from exporters.int8.calibration import CALIBRATION_KINDS, CalibrationImages, CalibrationKind
-from exporters.int8.mixed_precision import LayerSensitivity, Trial, keep_until_inside, rank_layers
+from exporters.int8.mixed_precision import (
+    LayerSensitivity,
+    Trial,
+    is_inside_budget,
+    keep_until_inside,
+    rank_layers,
+    worth,
+)
 from exporters.int8.to_int8 import (
     calibrate,
     largest_magnitudes,
@@ -24,6 +31,7 @@ from exporters.int8.to_int8 import (
     write_int8,
 )
 from exporters.request import Prepared, twin_of
+from exporters.to_onnx import ExportError
 
 if TYPE_CHECKING:
     from onnxruntime.quantization.calibrate import TensorsData
@@ -39,11 +47,21 @@ class Calibrated:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Unrounded:
+    """What the numbers of an int8 file were rounded from, which its audit compares them with."""
+
+    weights: Mapping[str, Tensor]
+    """By the name of the node."""
+    largest: Mapping[str, float]
+    """Magnitude that the range of a tensor ends at, by its name."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Int8Result:
-    """The file that was chosen, and all that was tried on the way."""
+    """How the file came about that was chosen; other images judge it."""
 
     variant: Variant
-    verification: ExportVerification
+    unrounded: Unrounded
     chosen_kind: CalibrationKind
     calibrations: tuple[Calibrated, ...]
     layers: tuple[LayerSensitivity, ...]
@@ -60,7 +78,12 @@ class Int8Result:
             "num_calibration_images": min(asked.num_images, prepared.data.train.num_images),
             "calibration_index_sha256": chosen.index_sha256,
             "calibrations": [
-                {"kind": c.kind, "robust": asdict(c.verification.robust)} for c in self.calibrations
+                {
+                    "kind": c.kind,
+                    "status": c.verification.status,
+                    "robust": asdict(c.verification.robust),
+                }
+                for c in self.calibrations
             ],
             "kept_in_float": [layer.name for layer in self.layers if layer.is_kept],
             "layers": [_layer_table(layer) for layer in self.layers],
@@ -86,8 +109,9 @@ def _layer_table(layer: LayerSensitivity) -> dict[str, Any]:
     }
 
 
-FineTune = Callable[[Path, Path], Mapping[str, Tensor]]
-"""(float32 file, int8 file) -> what `exporters.int8.to_int8.write_fine_tuned` takes."""
+FineTune = Callable[[Path, Path, Tensor], Mapping[str, Tensor]]
+"""(float32 file, int8 file, places of held-out images that may choose nothing, int64) -> what
+`exporters.int8.to_int8.write_fine_tuned` takes."""
 
 
 def make_int8(
@@ -95,24 +119,25 @@ def make_int8(
 ) -> Int8Result:
     """Write the int8 file to `path`: all layers in 8 bits, or with the few worst in float.
 
-    Returns:
-        What was chosen; its verification may say that it is too lossy.
-
     Raises:
         ExportError: if the file cannot be quantised.
     """
-    maker = _Maker(prepared=prepared, float32=float32, path=path)
+    maker = _Maker(prepared=prepared, float32=float32, path=path, images=prepared.choosing())
     best, ranges, tried = _calibrate(maker, tell=tell)
     layers: list[LayerSensitivity] = []
     trials: list[Trial] = []
-    found = best.verification
-    if found.status != "verified" or prepared.request.int8.min_kept:
+    if not is_inside_budget(best.verification) or prepared.request.int8.min_kept:
         layers, trials = _mix(maker, ranges, tell=tell)
-        found = trials[-1].verification if trials else found
+    if not trials and prepared.request.int8.min_kept:
+        raise ExportError(
+            f"keeping {prepared.request.int8.min_kept} of {len(layers)} layers in float leaves "
+            "more than a third of the weights there, and half of the bytes; keep fewer, or use "
+            "--precision fp16"
+        )
     maker.write(ranges, kept=[layer.name for layer in layers if layer.is_kept])
     return Int8Result(
         variant="int8-mixed" if trials else "int8",
-        verification=found,
+        unrounded=maker.unrounded(ranges),
         chosen_kind=best.kind,
         calibrations=tuple(tried),
         layers=tuple(layers),
@@ -133,13 +158,13 @@ def make_fine_tuned(
     Raises:
         ExportError: if the file cannot be quantised.
     """
-    maker = _Maker(prepared=prepared, float32=float32, path=path)
+    maker = _Maker(prepared=prepared, float32=float32, path=path, images=prepared.choosing())
     best, ranges, tried = _calibrate(maker, tell=tell)
     maker.write(ranges, kept=())
-    tell("int8: fine-tuning the rounded network")
-    trained = fine_tune(float32, path)
-    tell("int8: attacking the fine-tuned file")
     graph = read_graph(path.read_bytes(), path)
+    tell("int8: fine-tuning the rounded network")
+    validation, num_images = prepared.data.validation, prepared.request.num_images
+    trained = fine_tune(float32, path, judging_places(validation, num_images=num_images))
     write_fine_tuned(path, path, trained, metadata=prepared.metadata())
     makers = {node.outputs[0]: node.inputs[0] for node in graph.nodes if node.inputs[0] in trained}
     weights = {
@@ -149,7 +174,7 @@ def make_fine_tuned(
     }
     return Int8Result(
         variant="int8-qat",
-        verification=verify_int8(prepared, path, ranges, variant="int8-qat", float_weights=weights),
+        unrounded=Unrounded(weights=weights, largest=largest_magnitudes(ranges)),
         chosen_kind=best.kind,
         calibrations=tuple(tried),
         layers=(),
@@ -166,20 +191,20 @@ def _calibrate(
     ranges, tried = {}, []
     for kind in kinds:
         tell(f"int8: calibrating on {asked.num_images} {kind} training images")
-        images = maker.images(kind)
+        images = maker.calibration_images(kind)
         ranges[kind] = calibrate(maker.float32, images.batches(), method=asked.method)
         verification = maker.measure(ranges[kind], kept=())
         tried.append(
             Calibrated(kind=kind, index_sha256=images.index_sha256, verification=verification)
         )
-    best = max(tried, key=_worth)
+    best = max(tried, key=lambda c: worth(c.verification))
     return best, ranges[best.kind], tried
 
 
 def _mix(
     maker: "_Maker", ranges: "TensorsData", *, tell: Callable[[str], None]
 ) -> tuple[list[LayerSensitivity], list[Trial]]:
-    sizes = {name: weight.numel() for name, weight in maker.weights().items()}
+    sizes = {name: weight.numel() for name, weight in maker.unrounded(ranges).weights.items()}
     names = quantized_layers(maker.float32)
     tell(f"int8: ranking {len(names)} layers, each quantised alone")
     ranked = rank_layers(
@@ -207,8 +232,10 @@ class _Maker:
     prepared: Prepared
     float32: Path
     path: Path
+    images: HeldOut
+    """On which candidates are chosen."""
 
-    def images(self, kind: CalibrationKind) -> CalibrationImages:
+    def calibration_images(self, kind: CalibrationKind) -> CalibrationImages:
         prepared = self.prepared
         return CalibrationImages(
             network=prepared.network,
@@ -219,8 +246,11 @@ class _Maker:
             takes_bytes=prepared.form.takes_bytes,
         )
 
-    def weights(self) -> Mapping[str, Tensor]:
-        return layer_weights(read_graph(self.float32.read_bytes(), self.float32))
+    def unrounded(self, ranges: "TensorsData") -> Unrounded:
+        return Unrounded(
+            weights=layer_weights(read_graph(self.float32.read_bytes(), self.float32)),
+            largest=largest_magnitudes(ranges),
+        )
 
     def write(self, ranges: "TensorsData", *, kept: Sequence[str]) -> None:
         metadata = self.prepared.metadata()
@@ -228,44 +258,37 @@ class _Maker:
 
     def proxy_db(self, ranges: "TensorsData", kept: Sequence[str]) -> float:
         self.write(ranges, kept=kept)
-        held_out = self.prepared.held_out
-        found_NK = answers(load_onnx_model(self.path), held_out.x_adv_NCHW)
-        return signal_to_noise_db(held_out.adversarial_NK, found_NK)
+        found_NK = answers(load_onnx_model(self.path), self.images.x_adv_NCHW)
+        return signal_to_noise_db(self.images.adversarial_NK, found_NK)
 
     def measure(self, ranges: "TensorsData", *, kept: Sequence[str]) -> ExportVerification:
         self.write(ranges, kept=kept)
-        return verify_int8(self.prepared, self.path, ranges, float_weights=self.weights())
+        model = load_onnx_model(self.path)
+        return verify_int8(self.prepared, model, self.unrounded(ranges), self.images)
 
 
 def verify_int8(
     prepared: Prepared,
-    path: Path,
-    ranges: "TensorsData",
+    model: OnnxModel,
+    unrounded: Unrounded,
+    images: HeldOut,
     *,
     variant: Variant = "int8",
-    float_weights: Mapping[str, Tensor],
 ) -> ExportVerification:
     """Compare an int8 file with the network, attack it, and look at its scales."""
-    model = load_onnx_model(path)
-    twin = twin_of(model, prepared.held_out)
-    graph = read_graph(model.content, path)
+    twin = twin_of(model, images)
     complaints = audit(
-        graph,
+        read_graph(model.content, model.path),
         twin,
-        prepared.held_out.x_NCHW,
-        float_weights=float_weights,
-        largest=largest_magnitudes(ranges),
+        images.x_NCHW,
+        float_weights=unrounded.weights,
+        largest=unrounded.largest,
     )
     return prove_hop(
         model,
-        prepared.held_out,
+        images,
         variant=variant,
         twin=twin,
         budget=prepared.request.budget,
         complaints=complaints,
     )
-
-
-def _worth(calibrated: Calibrated) -> tuple[bool, int, float]:
-    found = calibrated.verification
-    return found.status == "verified", found.robust.num_correct, found.sqnr_db

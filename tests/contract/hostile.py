@@ -33,7 +33,7 @@ MEMORY_BYTES = 6 << 30
 """Addresses that a process may have; PyTorch and ONNX Runtime take some."""
 LIMIT_SECONDS = 60
 COMMANDS = {
-    "verify": "verify {} --data digits --samples 10 --attacks fgsm --threads 1",
+    "verify": "verify {} --data digits --samples 10 --attacks fgsm --epsilon 8/255 --threads 1",
     "bench": "bench {} --batch-sizes 1,2 --threads 1 --rounds 2 --seconds 0.01 --image-shape 1x8x8",
 }
 USAGE, KNOWN_ERROR, INVALID = 2, 4, 7

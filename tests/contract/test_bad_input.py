@@ -473,7 +473,7 @@ OPTIONS = {
     "drop above all": row(
         nothing, "export run --max-robust-drop 2", "'--max-robust-drop'", code=USAGE
     ),
-    "too few images to compare": row(nothing, "export run --samples 9", "'--samples'", code=USAGE),
+    "too few images to compare": row(nothing, "export run --samples 99", "'--samples'", code=USAGE),
     "nonsense dtype": row(
         nothing, f"{TRAIN} --dtype int3", "--dtype 'int3'", "float32, bfloat16", code=USAGE
     ),
@@ -894,6 +894,13 @@ TARGETS = {
     "file without data": row(
         onnx_file(), FILE, "does not say on which images", "--data imagefolder:PATH", code=USAGE
     ),
+    "file without a radius": row(
+        onnx_file(),
+        f"{FILE} --data digits",
+        "does not say within which radius",
+        "--epsilon, such as 8/255",
+        code=USAGE,
+    ),
     "file of other classes": row(
         onnx_file(num_classes=7), f"{FILE} --source run", "has 7 classes", "have 10", "--data"
     ),
@@ -972,7 +979,7 @@ policy = written(POLICY, "gate.toml")
 GATES = {
     "no policy": row(nothing, "gate run", "--policy FILE is missing", "gate.toml", code=USAGE),
     "missing policy": row(nothing, GATE, "gate.toml does not exist", "start from"),
-    "no target": row(policy, "gate --policy gate.toml", "which REPORT or RUN?", code=USAGE),
+    "no target": row(policy, "gate --policy gate.toml", "which REPORT, RUN or FILE?", code=USAGE),
     "no report": row(policy, GATE, "run/report.json does not exist", "make it with"),
     "live without a run": row(
         policy, "gate nowhere --policy gate.toml --live", "nowhere is not a run", "Make one"

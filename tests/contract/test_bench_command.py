@@ -1,5 +1,6 @@
 """`robust-compress bench`: what it prints and writes, and how it refuses bad input."""
 
+import errno
 import json
 import re
 import shlex
@@ -170,6 +171,7 @@ def test_json_is_one_object_and_the_file(folder, capfd):
     out, err = capfd.readouterr()
     result = json.loads(out)
     assert result.pop("files") == [f"mine/bench.{kind}" for kind in ("json", "md", "svg")]
+    assert result.pop("left_out") == []
     assert result == json.loads(Path("mine/bench.json").read_text())
     assert err == ""
 
@@ -234,6 +236,64 @@ def test_the_next_command_names_the_provider(folder, capsys, monkeypatch):
     out = capsys.readouterr().out
     assert out.rstrip().endswith("--source mine --provider cuda")
     assert "ONNX Runtime, CUDA, CPU: model.fp32.onnx, model.int8.onnx" in words(out)
+
+
+# Files of a run that was distilled again
+
+
+@pytest.fixture
+def stale(folder, make_report):
+    """The int8 file is of other weights; there is a report on it in the run."""
+    path = save_onnx(Path("mine/exports/model.int8.onnx"), source_sha256="0" * 64, quantised=True)
+    target = TargetFacts(
+        kind="onnx", architecture="x", sha256=sha256_of_file(path), source_sha256=None
+    )
+    write_report(make_report(target=target), Path("mine/report-int8.json"))
+    return path
+
+
+def test_a_stale_file_of_a_run_is_left_out_and_named(stale, capsys):
+    assert call(f"bench mine {QUICK} --batch-sizes 1") == 0
+    said = f"Left out: {stale}, made from other weights than mine holds now; export it again."
+    out = capsys.readouterr().out
+    assert words(out).count(said) == 1
+    assert "model.int8.onnx" not in words(out).replace(said, "")
+    names = [row.name for row in read_benchmark(Path("mine/bench.json")).targets]
+    assert names == ["model.safetensors", "model.fp32.onnx"]
+    assert said in Path("mine/bench.md").read_text().replace("\\", "")
+
+
+def test_a_stale_file_of_a_run_in_json(stale, capfd):
+    assert call(f"bench mine {QUICK} --batch-sizes 1 --json") == 0
+    (line,) = json.loads(capfd.readouterr().out)["left_out"]
+    assert line.startswith(f"Left out: {stale}")
+
+
+@pytest.mark.parametrize("targets", ["mine/exports/model.int8.onnx mine", "mine {0} --out mine"])
+def test_a_stale_file_that_is_asked_for_is_measured_and_not_believed(targets, stale, capsys):
+    line = f"bench {targets.format(stale)} {QUICK} --batch-sizes 1"
+    assert call(line) == 0
+    out = words(capsys.readouterr().out)
+    assert "Left out" not in out
+    said = f"{stale} was made from other weights than its run holds now, so reports on it are taken"
+    assert said in out
+    rows = {row.name: row for row in read_benchmark(Path("mine/bench.json")).targets}
+    assert rows[stale.name].timings
+    assert rows[stale.name].accuracy is None
+    assert f"verify {stale}" not in out
+    assert call(f"{line} --report mine/report-int8.json") == 0
+    rows = {row.name: row for row in read_benchmark(Path("mine/bench.json")).targets}
+    assert rows[stale.name].accuracy.report == "mine/report-int8.json"
+
+
+def test_engines_built_from_other_files_are_left_out(engine, capsys):
+    """Of a file that is stale, and of one that has been exported again since."""
+    for source_sha256 in ("0" * 64, sha256_of_file(Path("mine/model.safetensors"))):
+        path = Path("mine/exports/model.int8.onnx")
+        save_onnx(path, source_sha256=source_sha256, size=(3, 8, 8), batch=4, quantised=True)
+        assert call(f"bench mine {QUICK} --batch-sizes 4") == 0
+        said = "model.int8.engine, built from another model.int8.onnx than that of the run; build"
+        assert said in words(capsys.readouterr().out)
 
 
 def test_nothing_is_written_into_a_bundle(folder, capsys):
@@ -305,6 +365,18 @@ def test_bad_input_is_explained_and_nothing_is_written(row, folder, capsys):
     out, err = capsys.readouterr()
     assert says in words(err)
     assert "Traceback" not in out + err
+    assert files_below(folder) == before
+
+
+def test_a_full_disk_is_explained_and_names_the_file(folder, capsys, monkeypatch):
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("compressor.run_directory.os.fsync", full)
+    before = files_below(folder)
+    assert call(f"bench mine {QUICK} --batch-sizes 1") == ExitCode.KNOWN_ERROR
+    err = words(capsys.readouterr().err)
+    assert err.startswith("Error: mine/bench.json: No space left on device")
     assert files_below(folder) == before
 
 

@@ -254,7 +254,7 @@ JSON_RESULTS = {
         {"schema_version", "verdict", "exit_code", "rules", "checks", "num_images"},
     ),
     "gate, planned": (("gate", "--policy", "gate.toml", "--plan"), {"rules", "cost_per_image"}),
-    "export": (("export", "run", "--samples", "50", *ONE_THREAD), {"files"}),
+    "export": (("export", "run", "--samples", "100", *ONE_THREAD), {"files"}),
     "export, planned": (("export", "run", "--half", "--dry-run"), {"would_write", "formats"}),
 }
 

@@ -360,7 +360,7 @@ OF_FILES = {f"--{name}": f"g.{name}" for name in ("out", "junit", "sarif", "summ
 OF_VERDICT = {"--baseline": "before.json", "--inconclusive": "fail"}
 BAD = {
     "no policy": Bad(nothing, "gate pass.json", 2, "start from examples/gate.toml"),
-    "no report": Bad(nothing, "gate --policy gate.toml", 2, "which REPORT or RUN?"),
+    "no report": Bad(nothing, "gate --policy gate.toml", 2, "which REPORT, RUN or FILE?"),
     "setting": Bad(nothing, f"{GATE} --inconclusive ok", 2, "'ok' is not one of fail, inconc"),
     **{
         f"without live: {name}": Bad(

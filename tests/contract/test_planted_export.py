@@ -16,7 +16,7 @@ from compressor.onnx_graph import read_graph
 from compressor.performance_settings import PerformanceSettings
 from compressor.quantization_workflow import float_weights
 from compressor.run_directory import RunDirectory
-from exporters.hops import Budget
+from exporters.budget import Budget
 from exporters.request import ExportRequest, Int8Request
 from exporters.workflow import export_run
 from tests.onnx_files import appended, constant

@@ -14,6 +14,7 @@ from compressor.gate.policy import GatePolicy
 from compressor.paired_difference import PairedDrop
 from compressor.proportions import Proportion
 from compressor.reports.report import TargetFacts
+from exporters.budget import Budget
 from exporters.bundle.manifest import (
     BundledEngine,
     BundledGate,
@@ -112,6 +113,7 @@ def hop(**changes):
         clean_drop=drop,
         robust=good,
         robust_drop=drop,
+        budget=Budget(),
     )
     return verification_table(shown) | changes
 

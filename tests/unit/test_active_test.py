@@ -16,7 +16,7 @@ from compressor.networks import NetworkSpec, build_classifier
 from compressor.threat import ThreatModel
 from compressor.validity import active_test as module
 from compressor.validity.active_test import active_test, penultimate_features, plant
-from compressor.validity.origins import border_points
+from compressor.validity.origins import border_points, inner_points
 
 LINF = ThreatModel(epsilon_pixels=16 / 255)
 L2 = ThreatModel(norm="l2", epsilon_pixels=0.5)
@@ -61,7 +61,7 @@ def test_plant_puts_an_adversarial_image_in_every_ball(threat, features, x):
     assert len(places_M) >= 0.9 * len(x)
     draws = KeyedDraws(keys_N=keys_N)
     half = range(module.NUM_COMMON // 2)
-    common = [x, *(module._inner_points(x, threat, draws) for _ in half)]
+    common = [x, *(inner_points(x, threat, draws) for _ in half)]
     common += [border_points(x, threat, draws) for _ in half]
     candidates = [border_points(x, threat, draws) for _ in range(module.NUM_CANDIDATES)]
     for point in common:

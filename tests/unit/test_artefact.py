@@ -1,6 +1,7 @@
-"""Through what a file is attacked, and whether it hides its gradients."""
+"""Through what a file is attacked, whether it hides gradients, and how transfer would flatter."""
 
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,7 @@ from compressor.errors import WeightsError
 from compressor.onnx_model import load_onnx_model
 from compressor.performance_settings import PerformanceSettings
 from compressor.recipe import DataRecipe
+from compressor.reports.report import ValidityRow
 from compressor.threat import ThreatModel
 from compressor.verification import artefact
 from compressor.verification.artefact import (
@@ -20,7 +22,7 @@ from compressor.verification.artefact import (
     describe_artefact,
     rounds,
 )
-from tests.onnx_files import constant, linear_model, node
+from tests.onnx_files import constant, linear_model, node, other_off_the_grey_levels
 
 SETTINGS = PerformanceSettings(device="cpu", training_dtype="float32", num_threads=1)
 THREAT = ThreatModel(epsilon_pixels=8 / 255)
@@ -109,6 +111,13 @@ def test_a_twin_that_answers_otherwise_is_not(file_of, twin_that, change, is_use
     assert twin.agreement.num_total == 40
 
 
+def test_a_number_added_to_all_logits_hides_no_error(file_of, twin_that):
+    model = file_of(node("Add", "raw far"), constants=[constant("far", 1e4)], name="raw")
+    assert checked_twin(model, [images()]).module is not None
+    twin_that(lambda logits: 1e4 + (logits - 1e4) * 1.15)
+    assert checked_twin(model, [images()]).module is None
+
+
 def test_labels_count_beside_logits(file_of, twin_that, monkeypatch):
     monkeypatch.setattr(artefact, "MAX_TWIN_ERROR", 10.0)
     for num, is_used in ((2, True), (3, False)):
@@ -192,10 +201,33 @@ def test_compared_images_are_spread_over_the_split():
     assert places.max() - places.min() > 0.95 * split.num_images
 
 
-# Masked gradients
+# A file that tells grey levels from what lies between
 
 
-def described(monkeypatch, *, better, worse, both=50, neither=50, twin=True):
+@pytest.mark.parametrize("threat", [THREAT, ThreatModel(norm="l2", epsilon_pixels=0.5)], ids=str)
+def test_a_twin_must_answer_alike_around_the_images_too(tmp_path, threat):
+    path = tmp_path / "two.onnx"
+    path.write_bytes(other_off_the_grey_levels(linear_model()).SerializeToString())
+    batch = images()
+    batch = replace(batch, x_NCHW=(batch.x_NCHW * 255).round() / 255)
+    twin = checked_twin(load_onnx_model(path), [batch], threat=threat)
+    assert twin.module is None
+    assert "gives its label on 100.00 % (40 of 40) test images" in twin.reason
+    assert re.search(rf"with noise of {threat} on them, on [\d.]+ % \(\d of 40\)", twin.reason)
+    assert twin.reason.endswith(": too far to attack through it")
+    radius = replace(threat, epsilon_pixels=1e-9)
+    assert checked_twin(load_onnx_model(path), [batch], threat=radius).module is not None
+
+
+# Masked gradients, and transfer that flatters
+
+
+def row(name, status, found="3 of 40 images, 20 of which stood"):
+    values = {"name": name, "status": status, "found": found if status != "not_run" else ""}
+    return ValidityRow(threshold="", p_value=None, advice="", **values)
+
+
+def described(monkeypatch, *, better, worse, both=50, neither=50, twin=True, validity=()):
     """Of a file that stands what its source does not on `better` images, and the other way."""
     of_file = [True] * better + [False] * worse + [True] * both + [False] * neither
     of_source = [False] * better + [True] * worse + [True] * both + [False] * neither
@@ -206,11 +238,12 @@ def described(monkeypatch, *, better, worse, both=50, neither=50, twin=True):
         images(len(of_file)),
         threat=THREAT,
         stands_transfer_N=torch.tensor(of_file),
+        validity=validity,
     )
 
 
 @pytest.mark.parametrize(
-    ("better", "worse", "both", "is_masked"),
+    ("better", "worse", "both", "flatters"),
     [
         (0, 0, 50, False),
         (20, 0, 50, True),
@@ -222,19 +255,62 @@ def described(monkeypatch, *, better, worse, both=50, neither=50, twin=True):
         (7, 0, 700, False),  # not a point
     ],
 )
-def test_gradients_are_masked_if_transferred_images_alone_flatter(
-    monkeypatch, better, worse, both, is_masked
+def test_a_file_may_look_better_than_its_source_under_transfer_alone(
+    monkeypatch, better, worse, both, flatters
 ):
+    """That alone is no masking: the file may have become another function."""
     facts = described(monkeypatch, better=better, worse=worse, both=both)
-    assert facts.gradients_are_masked == is_masked
-    verdict = "gradients are masked" if is_masked else "no sign of masked gradients"
+    assert (facts.transfer_flatters, facts.gradients_are_masked) == (flatters, False)
     total = better + worse + both + 50
+    points = 100 * (better - worse) / total
+    said = (
+        "to images made on its source its gradients are masked, or it is another function by now: "
+        f"transfer alone would flatter by {points:.1f} points: "
+        if flatters
+        else "transfer alone would not flatter: "
+    )
     assert facts.masking.startswith(
-        f"{verdict}: {better} images fool only the source they were made on, {worse} only the "
-        f"file, of {total} (p = "
+        f"whether gradients are masked was not asked; {said}{better} images fool only the source "
+        f"they were made on, {worse} only the file, of {total} (p = "
     )
     assert (facts.transfer.num_correct, facts.transfer.num_total) == (better + both, total)
     assert (facts.source.num_correct, facts.source.num_total) == (worse + both, total)
+
+
+@pytest.mark.parametrize("flatters", [True, False])
+@pytest.mark.parametrize(
+    ("validity", "is_masked", "said"),
+    [
+        ([row("black_box", "not_run"), row("noise", "alarm")], False, "whether .* was not asked; "),
+        (
+            [row("black_box", "passed"), row("transfer", "not_run")],
+            False,
+            "no sign of masked gradients: Square broke no more than chance",
+        ),
+        (
+            [row("black_box", "passed"), row("transfer", "passed")],
+            False,
+            "no sign of masked gradients: Square and transferred images broke no more than chance",
+        ),
+        (
+            [row("black_box", "alarm"), row("transfer", "passed")],
+            True,
+            "gradients are masked: Square alone broke 3 of 40 images, 20 of which stood against ",
+        ),
+        (
+            [row("black_box", "passed"), row("transfer", "alarm")],
+            True,
+            "gradients are masked: transferred images alone broke 3 of 40 images",
+        ),
+    ],
+)
+def test_gradients_are_masked_if_attacks_without_them_find_more(
+    monkeypatch, validity, is_masked, said, flatters
+):
+    """Which the validity checks say, whatever transfer alone would."""
+    facts = described(monkeypatch, better=20 if flatters else 0, worse=0, validity=validity)
+    assert (facts.gradients_are_masked, facts.transfer_flatters) == (is_masked, flatters)
+    assert re.match(said, facts.masking)
 
 
 @pytest.mark.parametrize(("twin", "through"), [(True, "twin"), (False, "source")])
@@ -251,9 +327,11 @@ def test_what_was_not_asked_is_not_answered(missing):
         images(),
         threat=THREAT,
         stands_transfer_N=None if missing == "transfer" else torch.ones(40, dtype=torch.bool),
+        validity=[row("black_box", "alarm")],
     )
-    assert (facts.transfer, facts.source, facts.gradients_are_masked) == (None, None, False)
-    assert facts.masking == "not asked: no images were made on a source"
+    assert (facts.transfer, facts.source, facts.transfer_flatters) == (None, None, False)
+    assert facts.gradients_are_masked
+    assert facts.masking.endswith("; no images were made on a source")
 
 
 def test_the_source_is_attacked_as_transfer_does(make_trained):

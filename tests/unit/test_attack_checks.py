@@ -123,6 +123,25 @@ def test_noise_wins_where_the_attack_did_nothing():
     assert "noise" not in alarms(claim_of([0.9] * 10 + [2.0] * 90, flags=flags))
 
 
+@pytest.mark.parametrize(("num_won", "expected"), [(0, "passed"), (3, "passed"), (5, "alarm")])
+def test_transfer_counts_what_only_transferred_images_broke(num_won, expected):
+    """Of a stage that came after the attacks with gradients; it needs no teacher."""
+    transfer = torch.tensor([True] * 50 + [True] * num_won + [False] * (50 - num_won))
+    row = rows_of(claim_of(HALF_BREAKABLE, broken_by_transfer_N=transfer))["transfer"]
+    assert (row.status, row.found) == (expected, f"{num_won} of 100 images, 50 of which stood")
+
+
+def test_transfer_adds_those_that_a_teacher_breaks():
+    transfer = torch.tensor([False] * 50 + [True] + [False] * 49)
+    claim = claim_of(
+        HALF_BREAKABLE,
+        flags=[False] * 2 + [True] * 48 + [False] * 50,
+        broken_by_transfer_N=transfer,
+        teachers={"itself": linear},
+    )
+    assert rows_of(claim)["transfer"].found == "3 of 100 images, 52 of which stood"
+
+
 def test_transfer_needs_no_gradient_of_the_model():
     hidden = claim_of(
         HALF_BREAKABLE, flags=[False] * 100, model=lambda x: linear((8 * x).round() / 8)
@@ -239,7 +258,7 @@ def test_attack_checks_say_why_they_were_not_run():
     claim = claim_of(HALF_BREAKABLE)
     rows = rows_of(claim)
     assert rows["black_box"].advice == "the Square attack was not run"
-    assert rows["transfer"].advice == "there is no teacher"
+    assert rows["transfer"].advice == "there is no other network that images could come from"
     rows = rows_of(replace(claim, broken_by_white_box_N=None))
     reasons = {name: row.advice for name, row in rows.items() if row.status == "not_run"}
     assert set(reasons) == {check.name for check in ATTACK_CHECKS} - {"unconstrained"}

@@ -100,6 +100,9 @@ def test_masked_gradients_are_said(world, beside, make_report):
         gradients_are_masked=True,
         masking="",
     )
-    report = report_of(make_report, "A" * 64, artefact=facts)
+    report = report_of(make_report, "A" * 64)
+    alarm = report.validity[0].model_copy(update={"status": "alarm"})
+    report = report_of(make_report, "A" * 64, artefact=facts, status="invalid", validity=(alarm,))
     write_report(report, beside[0] / "report.json")
-    assert find_accuracies([world.target("A", beside[0], 1)])["A" * 64].gradients_are_masked
+    found = find_accuracies([world.target("A", beside[0], 1)])["A" * 64]
+    assert (found.gradients_are_masked, found.worst_case) == (True, None)

@@ -99,6 +99,35 @@ def test_a_file_that_changes_meanwhile_is_refused(tmp_path):
         target.open(2)
 
 
+# Runs that were distilled again
+
+
+def test_a_file_made_from_other_weights_is_left_out(run):
+    path = run / "exports/model.int8.onnx"
+    save_onnx(path, metadata={"robust_compress.source_sha256": "0" * 64}, quantised=True)
+    left_out = []
+    targets = find_targets(str(run), leave_out=lambda path, why: left_out.append((path, why)))
+    assert [t.name for t in targets] == ["model.safetensors", "model.fp32.onnx"]
+    why = f"made from other weights than {run} holds now; export it again"
+    assert left_out == [(path, why)]
+    (alone,) = find_targets(str(path))
+    assert alone.is_stale
+    assert not any(target.is_stale for target in targets)
+
+
+@pytest.mark.parametrize("known", ["no card", "no facts", "elsewhere"])
+def test_what_is_not_known_is_not_stale(known, run, tmp_path):
+    path = run / "exports/model.int8.onnx"
+    card = {} if known == "no card" else {"robust_compress.source_sha256": "0" * 64}
+    save_onnx(path, metadata=card, quantised=True)
+    if known == "no facts":
+        (run / "run.json").unlink()
+    if known == "elsewhere":
+        path = path.rename(run / "model.int8.onnx")
+    (target,) = find_targets(str(path))
+    assert not target.is_stale
+
+
 # Build kits and bundles
 
 

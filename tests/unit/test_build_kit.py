@@ -167,7 +167,7 @@ def test_the_command_line_of_the_builder(kit, capsys):
     assert sidecar["options"]["workspace_mib"] == 300
     assert sidecar["options"]["optimization_level"] == 0
     assert not (kit / "model.fp16.engine").exists()
-    assert "Next: python replay.py" in capsys.readouterr().out
+    assert "Next: python3 replay.py" in capsys.readouterr().out
     for wrong, message in (
         (["--model", "other.onnx"], "other.onnx is not in"),
         (["--batch", "3"], "cannot be built"),

@@ -1,6 +1,7 @@
 """A bundle holds what proves it, has the same bytes each time, and its engines are run last."""
 
 import json
+import resource
 import shutil
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from compressor.reports.report import TargetFacts, write_report
 from exporters.bundle.bundle import check_bundle_request, write_bundle
 from exporters.bundle.manifest import BundleError, parse_manifest
 from exporters.bundle.verification import open_bundle, verify_bundle
-from exporters.engine.to_tensorrt import write_engine
+from exporters.engine.to_tensorrt import build_engine
 from exporters.request import ExportRequest
 from exporters.workflow import export_run
 from tests.unit.bundle_models import bytes_below, policy, rewrite, verify
@@ -160,14 +161,54 @@ def test_a_class_name_that_steers_a_terminal_is_refused(exported, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_files_of_other_weights_are_refused_by_name(write, exported, tmp_path):
+    """The run was distilled again since the export, or the file was exported again."""
+    (made,) = exported.made
+    run = type(exported.run)(shutil.copytree(exported.run.path, tmp_path / "run"))
+    request = type(exported.prepared.request)(**vars(exported.prepared.request) | {"run": run})
+    prepared = type(exported.prepared)(**vars(exported.prepared) | {"request": request})
+    here = type(made)(**vars(made) | {"path": run.onnx("fp32")})
+    other = type(made)(**vars(here) | {"source_sha256": "0" * 64})
+
+    def refused(file):
+        with pytest.raises(ArtefactMismatchError) as caught:
+            write_bundle(prepared, [file], Path("bundle"), options=BuildOptions())
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+        return str(caught.value)
+
+    path = run.onnx("fp32")
+    said = f"{path} was made of other weights than those in {run.path}"
+    assert refused(other).startswith(said)
+    with path.open("ab") as file:
+        file.write(b"x")
+    assert refused(here).startswith(f"{path} is not the file that was verified")
+    run.model.write_bytes(b"other weights")
+    assert refused(here).startswith(said)
+
+
+def test_a_full_disk_names_the_file_of_the_bundle(write, tmp_path):
+    """Not a hidden one that is gone by then."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3_000, hard))
+    try:
+        with pytest.raises(OSError, match="File too large") as caught:
+            write()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert Path(caught.value.filename).parts[0] == "bundle"
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.tensorrt
 @needs_tensorrt_rtx
 def test_engines_go_into_the_bundle_and_are_unverified_without_a_gpu(write, exported, tmp_path):
     """Deserialised in a process of their own, under a manifest that is trusted."""
     (made,) = exported.made
-    facts = write_engine(
+    new = build_engine(
         made.path, tmp_path / "model.fp32.engine", precision="fp32", options=BuildOptions()
     )
+    new.write()
+    facts = new.facts
     written = write(engines=[facts.path])
     (engine,) = written.manifest.engines
     assert (engine.file, engine.sha256) == ("engines/model.fp32.engine", facts.sha256)
@@ -289,7 +330,7 @@ def test_export_writes_a_bundle_even_if_tensorrt_is_missing(
     monkeypatch.setattr("exporters.engine.to_tensorrt.import_tensorrt", missing)
     monkeypatch.setattr("cli.exporting.run_export", lambda *_, **__: (prepared, exported.made))
     prepared = exported.prepared
-    arguments = (exported.run.path, "--trt", "--bundle", tmp_path / "b", "--samples", 20)
+    arguments = (exported.run.path, "--trt", "--bundle", tmp_path / "b", "--samples", 100)
     assert export(*arguments, "--threads", 1) == 4
     out, err = capsys.readouterr()
     assert "is complete, without engines" in " ".join(err.split())

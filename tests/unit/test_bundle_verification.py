@@ -1,6 +1,7 @@
 """A bundle is hashed first, then replayed; an engine runs only under a trusted manifest."""
 
 import json
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -242,6 +243,18 @@ def test_the_private_copy_is_hashed_again(bundle):
     (bundle / "kit/golden.npz").write_bytes(b"another")
     with pytest.raises(DeviceError, match="was changed"):
         run_engine(kit, kit.kit.entry("model.fp16.onnx"), plan=b"plan", sidecar=b"{}")
+
+
+def test_a_full_disk_names_the_folder_of_the_copy(bundle):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    kit = hashed_kit(bundle)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, hard))
+    try:
+        with pytest.raises(OSError, match="File too large") as caught:
+            run_engine(kit, kit.kit.entry("model.fp16.onnx"), plan=b"plan", sidecar=b"{}")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "robust-compress-" in caught.value.filename
 
 
 def test_a_module_in_the_current_folder_is_not_imported(bundle, tmp_path, monkeypatch):

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from compressor.data import load_test_split, load_training_data
+from compressor.data import evaluation_batches, load_test_split, load_training_data
 from compressor.performance_settings import PerformanceSettings
 from compressor.recipe import DataRecipe
 from compressor.threat import ThreatModel
-from exporters import calibration
-from exporters.held_out import held_out_images, spread
+from exporters.held_out import choosing_places, held_out_images, judging_places
+from exporters.int8 import calibration
 from exporters.int8.calibration import CALIBRATION_KINDS, CalibrationImages, as_input
 
 SETTINGS = PerformanceSettings(device="cpu", training_dtype="float32", num_threads=1)
@@ -43,6 +43,11 @@ def pixels(images):
     return np.concatenate(list(images.batches()))
 
 
+def everything(split):
+    """All images of a split in one batch."""
+    return next(evaluation_batches(split, batch_size=split.num_images))
+
+
 def rows(x_NCHW):
     """Images as values that can be in a set."""
     return {image.tobytes() for image in np.asarray(x_NCHW)}
@@ -52,13 +57,14 @@ def test_only_training_images_are_seen(images, data, network):
     """Neither those on which the result is judged nor those of the final report."""
     every = replace(images, num_images=10**6)
     seen = rows(pixels(every))
-    held_out = held_out_images(network, data.validation, threat=THREAT, num_images=100)
+    places_N = judging_places(data.validation, num_images=100)
+    held_out = held_out_images(network, data.validation, places_N, threat=THREAT)
     test = load_test_split(RECIPE, settings=SETTINGS, device=CPU)
-    of_test = rows(spread(test, num_images=test.num_images).x_NCHW)
+    of_test = rows(everything(test).x_NCHW)
     assert len(of_test) > 400
     assert not seen & rows(held_out.x_NCHW)
     assert not seen & of_test
-    assert seen <= rows(spread(data.train, num_images=data.train.num_images).x_NCHW)
+    assert seen <= rows(everything(data.train).x_NCHW)
 
 
 def test_their_positions_are_not_those_of_held_out_images(images, data):
@@ -69,9 +75,9 @@ def test_their_positions_are_not_those_of_held_out_images(images, data):
 
 def test_hash_is_that_of_the_images_that_are_seen(images, data):
     x_NCHW = pixels(images)
-    everything = spread(data.train, num_images=data.train.num_images)
-    place_of = {image.tobytes(): n for n, image in enumerate(everything.x_NCHW.numpy())}
-    index_N = everything.index_N[[place_of[image.tobytes()] for image in x_NCHW]]
+    every = everything(data.train)
+    place_of = {image.tobytes(): n for n, image in enumerate(every.x_NCHW.numpy())}
+    index_N = every.index_N[[place_of[image.tobytes()] for image in x_NCHW]]
     expected = hashlib.sha256(index_N.numpy().astype("<i8").tobytes()).hexdigest()
     assert images.index_sha256 == expected
     assert replace(images, num_images=149).index_sha256 != expected
@@ -90,12 +96,48 @@ def test_number_of_images_and_batches(images, num_images, sizes):
     assert len(rows(np.concatenate(batches))) == num_images
 
 
-def test_images_are_spread_over_the_split_and_so_are_those_of_each_batch(images, data):
-    """A folder has one class after the other."""
-    places_N = images._places()
-    assert sorted(places_N.tolist()) == [n * data.train.num_images // 150 for n in range(150)]
-    for part in torch.split(places_N, 50):
-        assert part.max() - part.min() > 0.9 * data.train.num_images
+@pytest.mark.parametrize("labels", ["one class after the other", "classes take turns"])
+def test_every_batch_is_like_the_whole_split(images, data, labels):
+    """Every n-th image would be of one class where classes take turns."""
+    num_images = data.train.num_images
+    labels_N = torch.arange(num_images) % 10
+    if labels == "one class after the other":
+        labels_N = labels_N.sort().values
+    split = replace(data.train, labels_N=labels_N)
+    batches = list(replace(images, split=split).batches())
+    places_N = replace(images, split=split)._places()
+    assert len(set(places_N.tolist())) == 150
+    for part in torch.split(places_N, len(batches[0])):
+        counts = torch.bincount(labels_N[part], minlength=10)
+        assert counts.min() >= 3, counts
+        assert counts.max() <= 7, counts
+
+
+def test_images_that_choose_judge_nothing(data):
+    split = data.validation
+    judging = set(judging_places(split, num_images=40).tolist())
+    choosing = set(choosing_places(split, num_images=40).tolist())
+    assert (len(judging), len(choosing)) == (40, 40)
+    assert not judging & choosing
+    every = [
+        *judging_places(split, num_images=10**6).tolist(),
+        *choosing_places(split, num_images=10**6).tolist(),
+    ]
+    assert sorted(every) == list(range(split.num_images))
+
+
+def test_a_split_without_some_places(data):
+    """As if they had never been there."""
+    places_N = judging_places(data.validation, num_images=40)
+    rest = data.validation.without(places_N)
+    assert rest.num_images == data.validation.num_images - 40
+    left_out = {*data.validation.index_N[places_N].tolist()}
+    assert {*rest.index_N.tolist()} == {*data.validation.index_N.tolist()} - left_out
+    batch = everything(rest)
+    whole = everything(data.validation)
+    assert rows(batch.x_NCHW) | rows(whole.x_NCHW[places_N]) == rows(whole.x_NCHW)
+    assert batch.y_N.equal(whole.y_N[torch.isin(whole.index_N, rest.index_N)])
+    assert rest.index_sha256 != data.validation.index_sha256
 
 
 def test_batches_are_made_when_they_are_asked_for(images, monkeypatch):

@@ -1,16 +1,18 @@
 """Real students in all three precisions become engines, and an export leaves a kit and engines."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from compressor.device.build_options import BuildOptions
-from compressor.errors import MissingDependencyError
+from compressor.errors import ArtefactMismatchError, MissingDependencyError
 from compressor.networks import NetworkSpec, build_classifier
+from compressor.onnx_model import load_onnx_model
 from compressor.performance_settings import PerformanceSettings
-from exporters.engine.to_tensorrt import import_tensorrt, write_engine
+from exporters.engine.to_tensorrt import build_engine, import_tensorrt
 from exporters.engine.workflow import export_engine, export_kit
 from exporters.int8.to_int8 import calibrate, write_int8
 from exporters.request import ExportRequest, Int8Request
@@ -53,13 +55,16 @@ def student_files(request, tmp_path_factory):
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
 def test_engines_are_built_of_real_students(student_files, precision, tensorrt, tmp_path):
     path = tmp_path / "model.engine"
-    facts = write_engine(
+    new = build_engine(
         student_files[precision],
         path,
         precision=precision,
         options=BuildOptions(optimization_level=0),
         tensorrt=tensorrt,
     )
+    assert not path.exists()
+    new.write()
+    facts = new.facts
     assert path.stat().st_size == facts.num_bytes > 10_000
     sidecar = json.loads(facts.sidecar.read_text())
     assert sidecar["profile"] == {"min": 1, "opt": 8, "max": 32}
@@ -99,3 +104,70 @@ def test_without_a_gpu_an_engine_is_built_and_unverified(exported, tensorrt):
     assert (built.status, built.verification) == ("unverified", None)
     assert "could not be run here" in built.reason
     assert prepared.request.run.engine("fp16").is_file()
+
+
+@pytest.fixture
+def pretended(exported, monkeypatch):
+    """Engines are built in no time, and answer as the ONNX file does, but for what is planted."""
+    prepared, made = exported
+    path = prepared.request.run.engine("fp16")
+    onnx = load_onnx_model(made[1].path)
+
+    class Pretended:
+        change = staticmethod(lambda logits_NK: logits_NK)
+
+        def __init__(self, plan, *, tensorrt):
+            self.plan = plan
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            return None
+
+        def __call__(self, images):
+            return self.change(onnx(torch.from_numpy(images))).numpy()
+
+        def layer_information(self):
+            return {}
+
+    def write(*, shown):
+        path.write_bytes(b"new plan")
+        path.with_name(f"{path.name}.json").write_text(json.dumps(shown))
+
+    new = SimpleNamespace(
+        built=SimpleNamespace(plan=b"new plan"), facts=SimpleNamespace(path=path), write=write
+    )
+    monkeypatch.setattr("exporters.engine.workflow.build_engine", lambda *_, **__: new)
+    monkeypatch.setattr("exporters.engine.workflow.Engine", Pretended)
+    monkeypatch.setattr("exporters.engine.workflow.audit_layers", lambda _: [])
+    monkeypatch.setattr("exporters.engine.workflow.wrong_precision", lambda *_, **__: "")
+    path.write_bytes(b"old plan")
+    return SimpleNamespace(
+        engine=Pretended,
+        path=path,
+        export=lambda: export_engine(prepared, made[1], options=BuildOptions(), tensorrt=None),
+    )
+
+
+def test_an_engine_that_answers_as_its_file_is_verified(pretended):
+    built = pretended.export()
+    assert built.status == "verified"
+    assert pretended.path.read_bytes() == b"new plan"
+    record = json.loads(pretended.path.with_name(f"{pretended.path.name}.json").read_text())
+    assert record["status"] == record["verification"]["status"] == "verified"
+
+
+def test_an_engine_that_loses_something_does_not_replace_another(pretended):
+    pretended.engine.change = staticmethod(lambda logits_NK: logits_NK.flip(1))
+    with pytest.raises(ArtefactMismatchError, match="hop fp16 -> engine is the first that loses"):
+        pretended.export()
+    assert pretended.path.read_bytes() == b"old plan"
+
+
+def test_an_engine_that_was_not_attacked_is_unverified_and_loses_nothing(pretended, monkeypatch):
+    monkeypatch.setattr("exporters.engine.workflow.twin_of", lambda *_: None)
+    built = pretended.export()
+    assert (built.status, built.verification.status) == ("unverified", "unverified")
+    assert "no differentiable twin" in built.reason
+    assert pretended.path.read_bytes() == b"new plan"

@@ -12,9 +12,10 @@ import torch
 
 from compressor.paired_difference import PairedDrop
 from compressor.threat import ThreatModel
+from exporters.budget import Budget
 from exporters.exported_model import verification_table
 from exporters.held_out import HeldOut
-from exporters.hops import LIMITS, Budget, prove_hop, signal_to_noise_db
+from exporters.hops import LIMITS, prove_hop, signal_to_noise_db
 
 NUM = 200
 CLEAN, TRANSFERRED, BY_TWIN = 0.0, 0.5, 1.0

@@ -58,8 +58,10 @@ CASES = {
     "Cast": then(case("Cast", "half", to=1), node("Cast", "images", "half", to=10)),
     "Cast, whole": then(
         case("Cast", "whole", to=1),
-        node("Mul", "images nine", "scaled"),
-        node("Cast", "scaled", "whole", to=7),
+        node("Shape", "images", "shape"),
+        node("Cast", "shape", "sizes", to=1),
+        node("Div", "sizes nine", "parts"),
+        node("Cast", "parts", "whole", to=7),
         constants=[constant("nine", 9.0)],
     ),
     "Clip": case("Clip", "images low high", constant("low", 0.2), constant("high", 0.7)),

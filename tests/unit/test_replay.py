@@ -190,7 +190,7 @@ def test_only_a_vouched_engine_is_run(kit, with_gpu, monkeypatch, changes, statu
 
 
 def test_an_engine_without_sidecar_or_none_at_all_is_unverified(kit):
-    assert "python build_engine.py" in replay(kit, "model.fp16.engine").reason
+    assert "python3 build_engine.py" in replay(kit, "model.fp16.engine").reason
     (kit.folder / "model.fp16.engine").write_bytes(b"plan")
     shown = replay(kit, "model.fp16.engine")
     assert shown.status == "UNVERIFIED"
@@ -215,7 +215,7 @@ def test_without_a_file_engines_are_replayed_if_there_are_any(kit, with_gpu, cap
     assert main(["--kit", str(kit.folder)]) == 0
     said = capsys.readouterr().out
     assert said.count("PASS") == 3
-    assert "No engine is here yet: python build_engine.py" in said
+    assert "No engine is here yet: python3 build_engine.py" in said
     put_engine(kit, "model.fp16.onnx")
     with_gpu("fp16")
     assert main(["--kit", str(kit.folder)]) == 0

@@ -8,7 +8,13 @@ from pydantic import ValidationError
 from compressor.attacks import stages
 from compressor.proportions import Proportion
 from compressor.reports.consistency import AUTOATTACK
-from compressor.reports.report import Count, EightBitFacts, SelectionFacts, TrainingFacts
+from compressor.reports.report import (
+    ArtefactFacts,
+    Count,
+    EightBitFacts,
+    SelectionFacts,
+    TrainingFacts,
+)
 
 
 def count(num_correct, num_total=10):
@@ -202,3 +208,22 @@ def test_nothing_is_verified_without_a_white_box_attack(status, make_report):
 def test_count_is_possible_and_its_interval_exact(change, message):
     with pytest.raises(ValidationError, match=message):
         Count.model_validate(count(5).model_dump() | change)
+
+
+@pytest.mark.parametrize("flatters", [True, False])
+def test_a_report_whose_gradients_are_masked_shows_nothing(make_report, flatters):
+    """Whether transfer alone would flatter takes nothing away."""
+    facts = ArtefactFacts(
+        attacked_through="twin",
+        twin="",
+        transfer=None,
+        source=None,
+        transfer_flatters=flatters,
+        gradients_are_masked=False,
+        masking="",
+    )
+    report = make_report(artefact=facts)
+    masked = facts.model_copy(update={"gradients_are_masked": True})
+    with pytest.raises(ValidationError, match="whose gradients are masked cannot be verified"):
+        make_report(artefact=masked)
+    assert report.status == "verified"

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from compressor.threat import ThreatModel, format_pixels, parse_fraction
+from compressor.threat import ThreatModel, format_pixels, parse_fraction, parse_threat
 
 
 @pytest.mark.parametrize(
@@ -95,3 +95,36 @@ def test_a_gradient_that_is_not_finite_gives_a_step_that_is(norm, value):
     step = ThreatModel(norm=norm, epsilon_pixels=0.1).steepest(gradient)
     assert step.isfinite().all()
     assert step[1].abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("norm", "epsilon_pixels"),
+    [
+        ("linf", 8 / 255),
+        ("linf", 1 / 255),
+        ("linf", 0.031),
+        ("linf", 0.5 / 255),
+        ("linf", 0.0123456789),
+        ("l2", 0.5),
+        ("l2", 128 / 255),
+        ("l2", 1e-7),
+    ],
+)
+def test_a_threat_model_can_be_read_from_what_it_says(norm, epsilon_pixels):
+    """With the digits that it shows."""
+    threat = ThreatModel(norm=norm, epsilon_pixels=epsilon_pixels)
+    read = parse_threat(str(threat))
+    assert read.norm == norm
+    assert read.epsilon_pixels == pytest.approx(epsilon_pixels, rel=1e-5)
+    assert str(read) == str(threat)
+    assert parse_threat(str(read)) == read
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "linf", "8/255", "l1 8/255", "Linf 8/255", "linf eight", "linf 8/0", "linf -8/255"]
+    + ["linf 0", "linf nan", "linf inf", "l2 1e999", "linf 8/255 or so", "linf,8/255"],
+)
+def test_what_is_no_threat_model_is_refused(text):
+    with pytest.raises(ValueError, match="not a number|no threat model"):
+        parse_threat(text)

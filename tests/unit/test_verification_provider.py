@@ -30,7 +30,7 @@ def weights(tmp_path):
 def request_of(file, tmp_path):
     def request_of(**changes):
         values = {"target": str(file), "data_source": "digits", "num_images": 10}
-        values |= {"settings": SETTINGS, "folder": tmp_path}
+        values |= {"settings": SETTINGS, "folder": tmp_path, "epsilon_pixels": 8 / 255}
         return VerificationRequest(**(values | changes))
 
     return request_of

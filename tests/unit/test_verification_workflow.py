@@ -8,6 +8,7 @@ from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
+import onnx  # noqa: TID253 (makes files)
 import pytest
 import torch
 from PIL import Image
@@ -15,6 +16,8 @@ from PIL import Image
 from compressor.attacks.apgd import APGD
 from compressor.attacks.build import selection_attack
 from compressor.attacks.search import SearchResult
+from compressor.attacks.stages import PAPER_ATTACKS
+from compressor.attacks.targeted import Targeted
 from compressor.attacks.transfer import Transfer
 from compressor.data import evaluation_batches, load_test_split
 from compressor.errors import (
@@ -36,6 +39,7 @@ from compressor.reports.report import ValidityRow, read_report
 from compressor.run_directory import RunDirectory
 from compressor.threat import ThreatModel
 from compressor.verification.cascade import Subject
+from compressor.verification.claimed_threat import THREAT_KEY
 from compressor.verification.doubt import check_verification
 from compressor.verification.journal import Journal
 from compressor.verification.request import VerificationRequest, prepare
@@ -46,7 +50,13 @@ from compressor.weights import sha256_of_file
 from exporters.int8.to_int8 import calibrate, write_int8
 from exporters.request import ExportRequest
 from exporters.workflow import export_run
-from tests.onnx_files import appended, constant, without_twin
+from tests.onnx_files import (
+    appended,
+    constant,
+    in_steps,
+    other_off_the_grey_levels,
+    without_twin,
+)
 
 EPSILON = 48 / 255
 SETTINGS = PerformanceSettings(device="cpu", training_dtype="float32", num_threads=1)
@@ -576,9 +586,11 @@ def test_a_file_without_its_source_does_not_replace_a_verified_report(
     """It may be moved aside: what was not made on a source is another verification."""
     file = far if has_twin else without_twin(far, tmp_path / "opaque.onnx")
     folder = tmp_path / "reports"
-    assert verify(request_for(file, folder=folder, source=str(run.path)))[0].status == "verified"
+    attacks = (*SOME, "square")
+    request = request_for(file, folder=folder, source=str(run.path), attacks=attacks)
+    assert verify(request)[0].status == "verified"
     before = contents_of(folder)
-    alone, _ = verify(request_for(file, folder=folder, data_source="digits"))
+    alone, _ = verify(request_for(file, folder=folder, data_source="digits", attacks=attacks))
     assert alone.status == ("verified" if has_twin else "unverified")
     assert {*before.values()} <= {*contents_of(folder).values()}
     assert has_twin or kept(before, folder)
@@ -611,8 +623,6 @@ def paths_of(files):
 
 def shifted_file(run, path, *, answer=3, op="Add"):
     """The exported file, but for a bias that makes it answer this whatever it is shown."""
-    import onnx
-
     bias = torch.zeros(10)
     bias[answer] = 1000
     shift = constant("shift", bias.numpy())
@@ -685,12 +695,113 @@ def test_a_file_alone_is_as_fragile_as_its_run(run, far, tmp_path, quick):
     assert of_run.artefact is None
 
 
+def carded(file, path, *, threat):
+    """The file with another threat in its model card, or with none."""
+    model = onnx.load(file)
+    kept = [entry for entry in model.metadata_props if entry.key != "robust_compress.threat"]
+    card = {entry.key: entry.value for entry in kept}
+    del model.metadata_props[:]
+    onnx.helper.set_model_props(model, card if threat is None else card | {THREAT_KEY: threat})
+    onnx.save(model, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("threat", "expected"),
+    [
+        ("linf 48/255", ThreatModel(epsilon_pixels=48 / 255)),
+        ("linf 64/255", ThreatModel(epsilon_pixels=64 / 255)),
+        ("l2 0.5", ThreatModel(norm="l2", epsilon_pixels=0.5)),
+    ],
+)
+def test_a_file_alone_is_attacked_as_its_card_says(far, tmp_path, threat, expected):
+    """Not within 8/255, where it would look as robust as it never claimed to be."""
+    file = carded(far, tmp_path / "carded.onnx", threat=threat)
+    prepared = prepare(request_for(file, data_source="digits", attacks=PAPER_ATTACKS))
+    assert prepared.threat == expected
+    assert prepared.files.label == "40-papers"
+    assert f"with noise of {expected} on them" in prepared.model.twin.reason
+
+
+@pytest.mark.parametrize(
+    ("threat", "has_source", "message"),
+    [
+        (None, False, r"carded\.onnx does not say within which radius it is to stand; give the"),
+        ("8 of 255", False, "names the threat '8 of 255', which cannot be read; give the radius"),
+        ("8 of 255", True, "names the threat '8 of 255', which cannot be read; give the radius"),
+        ("linf 4/255", True, "names the threat 'linf 4/255', and its source 'linf 48/255'; give"),
+    ],
+)
+def test_a_radius_that_nobody_knows_is_asked_for(run, far, tmp_path, threat, has_source, message):
+    file = carded(far, tmp_path / "carded.onnx", threat=threat)
+    request = request_for(file, data_source="digits", source=str(run.path) if has_source else None)
+    with pytest.raises(UsageError, match=f"{message}.*--epsilon, such as 8/255"):
+        prepare(request)
+    assert prepare(replace(request, epsilon_pixels=0.1)).threat.epsilon_pixels == 0.1
+
+
+def test_a_file_without_a_card_has_the_radius_of_its_source(run, far, tmp_path):
+    file = carded(far, tmp_path / "carded.onnx", threat=None)
+    prepared = prepare(request_for(file, source=str(run.path)))
+    assert prepared.threat == ThreatModel(epsilon_pixels=EPSILON)
+
+
 def test_a_file_without_a_twin_is_attacked_through_its_source(run, far, tmp_path, quick):
-    file = without_twin(far, tmp_path / "opaque.onnx")
-    report, _ = verify(request_for(file, source=str(run.path), folder=tmp_path))
-    of_run, _ = verify(request_for(run.path, folder=tmp_path / "run"))
+    file, attacks = without_twin(far, tmp_path / "opaque.onnx"), (*SOME, "square")
+    request = request_for(file, source=str(run.path), folder=tmp_path, attacks=attacks)
+    report, _ = verify(request)
+    of_run, _ = verify(request_for(run.path, folder=tmp_path / "run", attacks=attacks))
     assert (report.status, report.artefact.attacked_through) == ("verified", "source")
     assert report.samples == of_run.samples
+    rows = {row.name: row for row in report.validity}
+    assert rows["twin_under_attack"].status == "not_run"
+    assert rows["twin_under_attack"].advice.startswith("the file has no twin")
+
+
+def test_images_of_its_source_alone_verify_no_file(run, far, tmp_path, quick):
+    """Nobody has asked the file itself."""
+    file = without_twin(far, tmp_path / "opaque.onnx")
+    report, files = verify(request_for(file, source=str(run.path), folder=tmp_path))
+    assert (report.status, report.worst_case) == ("unverified", None)
+    assert report.status_reason.startswith("the protocol is incomplete: it has no differentiable")
+    assert "add square" in report.status_reason
+    assert read_report(files.json) == report
+    assert "worst case" not in files.markdown.read_text().lower()
+
+
+def test_without_square_the_protocol_of_a_file_is_incomplete(run, far, tmp_path, quick):
+    reasons = []
+    for attacks in (SOME, (*SOME, "square")):
+        request = request_for(far, data_source="digits", folder=tmp_path, attacks=attacks)
+        report, _ = verify(replace(request, num_images=10))
+        assert report.status == "verified"
+        reasons.append(report.status_reason.partition("; ")[2])
+    assert reasons[0].startswith("but the protocol is incomplete and the bound a loose one")
+    assert reasons[1] == "the whole cascade was not among them, so the bound is a loose one"
+    of_run, _ = verify(request_for(run.path, folder=tmp_path / "run", num_images=10))
+    assert of_run.status_reason.endswith(reasons[1])
+
+
+def test_a_file_that_is_another_one_off_the_grey_levels_has_no_twin(far, tmp_path, quick):
+    """On the images themselves it answers as the twin, so that attacks would find nothing."""
+    onnx.save(other_off_the_grey_levels(onnx.load(far)), file := tmp_path / "two.onnx")
+    report, _ = verify(request_for(file, data_source="digits", folder=tmp_path))
+    assert (report.status, report.worst_case) == ("unverified", None)
+    assert "gives its label on 100.00 % (40 of 40) test images" in report.status_reason
+    assert "with noise of linf 48/255 on them, on " in report.status_reason
+    assert "too far to attack through it" in report.status_reason
+
+
+def test_a_file_that_does_not_follow_its_twin_under_attack_is_invalid(far, tmp_path, quick):
+    """It agrees on the images and with noise; less than half of one of 16 steps does nothing."""
+    onnx.save(in_steps(onnx.load(far), 16), file := tmp_path / "steps.onnx")
+    request = request_for(file, data_source="digits", folder=tmp_path, epsilon_pixels=0.02)
+    report, _ = verify(request)
+    assert report.artefact.attacked_through == "twin"
+    assert report.status == "invalid"
+    assert report.status_reason.endswith("alarm: twin_under_attack")
+    true, _ = verify(replace(request, target=str(far)))
+    assert true.status == "verified"
 
 
 def test_a_file_that_rounds_is_also_attacked_from_its_source(run, tmp_path, quick):
@@ -704,14 +815,17 @@ def test_a_file_that_rounds_is_also_attacked_from_its_source(run, tmp_path, quic
     assert facts.attacked_through == "twin"
     assert facts.transfer.num_total == facts.source.num_total == 40
     assert facts.transfer.num_correct >= report.worst_case.num_correct
-    assert not facts.gradients_are_masked
-    assert facts.masking.startswith("no sign of masked gradients: ")
+    assert (facts.gradients_are_masked, facts.transfer_flatters) == (False, False)
+    assert facts.masking.startswith("whether gradients are masked was not asked; ")
     assert facts.masking[1:] in files.markdown.read_text()
+    (row,) = [row for row in report.validity if row.name == "twin_under_attack"]
+    assert row.status == "passed"
+    assert " fool the twin, " in row.found
 
 
-def test_a_file_that_masks_its_gradients_is_said_to(run, tmp_path, quick, monkeypatch):
-    """Images of its source do nothing to it, which would flatter; its own twin breaks it."""
-    monkeypatch.setattr("compressor.verification.artefact._MASKED_P_VALUE", 0.5)
+def test_transfer_that_flatters_is_said_to(run, tmp_path, quick, monkeypatch):
+    """Images of its source do nothing to it; its own twin breaks it. That alone is no masking."""
+    monkeypatch.setattr("compressor.verification.artefact._FLATTERS_P_VALUE", 0.5)
     moved = Transfer.search
 
     def useless(attack, model, x_NCHW, y_N, **options):
@@ -723,9 +837,35 @@ def test_a_file_that_masks_its_gradients_is_said_to(run, tmp_path, quick, monkey
     request = request_for(file, source=str(run.path), folder=tmp_path, attacks=("transfer",))
     report, _ = verify(replace(request, attacks=("fgsm", "transfer")))
     facts = report.artefact
-    assert facts.gradients_are_masked
+    assert (facts.transfer_flatters, facts.gradients_are_masked) == (True, False)
     assert facts.transfer.num_correct > facts.source.num_correct
-    assert facts.masking.startswith("gradients are masked: ")
+    assert "its gradients are masked, or it is another function by now: transfer" in facts.masking
+    assert report.status == "verified"
+
+
+def test_a_file_that_masks_its_gradients_is_invalid(run, tmp_path, quick, monkeypatch):
+    """Images of its source break what its own twin could not."""
+
+    def useless(attack, model, x_NCHW, y_N, **options):
+        none_N = torch.zeros_like(y_N)
+        return SearchResult(
+            x_adv_NCHW=x_NCHW.clone(),
+            is_fooled_N=none_N.bool(),
+            num_forwards_N=none_N + 1,
+            num_backwards_N=none_N,
+        )
+
+    monkeypatch.setattr(Targeted, "search", useless)
+    file = rounded_file(run, tmp_path / "rounded.onnx")
+    request = request_for(file, source=str(run.path), folder=tmp_path, attacks=("apgd_t",))
+    report, files = verify(request)
+    assert [row.name for row in report.attacks] == ["apgd_t", "transfer"]
+    assert report.artefact.gradients_are_masked
+    said = "Gradients are masked: transferred images alone broke "
+    assert report.artefact.masking.startswith(said.lower())
+    assert said in files.markdown.read_text()
+    assert report.status == "invalid"
+    assert "transfer" in report.status_reason
 
 
 def rounded_file(run, path):
