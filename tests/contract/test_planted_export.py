@@ -234,7 +234,7 @@ def test_a_coarse_scale_is_refused_where_ranges_are_cut(
         export_run(request_for(run, "int8", method=method))
 
 
-def untrained(float32, int8):
+def untrained(float32, int8, judging_N):
     """Fine-tuning that leaves everything as it was."""
     graphs = [read_graph(path.read_bytes(), path) for path in (int8, float32)]
     return float_weights(*graphs)
