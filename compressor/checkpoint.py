@@ -9,7 +9,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -64,6 +64,8 @@ class TrainedTensors:
     optimizer: torch.optim.SGD
     average: Mapping[str, Tensor] | None
     """Moving average of the network's state, by name."""
+    of_method: Mapping[str, Tensor] = field(default_factory=dict)
+    """What the method changes besides, by name."""
 
 
 def save_checkpoint(
@@ -77,6 +79,8 @@ def save_checkpoint(
     groups = {"network": dict(tensors.network.state_dict()), "momentum": _momentum(tensors)}
     if tensors.average is not None:
         groups["average"] = dict(tensors.average)
+    if tensors.of_method:
+        groups["method"] = dict(tensors.of_method)
     _refuse_non_finite(groups["network"], run=run, step=state.step)
     path = run.checkpoint(state.step)
     with folder_written_atomically(path) as folder:
@@ -229,14 +233,18 @@ def _restore_tensors(path: Path, tensors: TrainedTensors) -> None:
         tensors.network.load_state_dict(load_file(path / "network.safetensors"))
         momentum = load_file(path / "momentum.safetensors")
         average = load_file(path / "average.safetensors") if tensors.average is not None else {}
+        method = load_file(path / "method.safetensors") if tensors.of_method else {}
     except (SafetensorError, RuntimeError, OSError) as error:
         raise _damaged(path, str(error).splitlines()[0]) from None
     for name, parameter in tensors.network.named_parameters():
         if name in momentum:
             buffer = torch.empty_like(parameter).copy_(momentum[name])
             tensors.optimizer.state[parameter]["momentum_buffer"] = buffer
-    for name, target in (tensors.average or {}).items():
-        target.copy_(average[name])
+    with torch.no_grad():
+        for name, target in (tensors.average or {}).items():
+            target.copy_(average[name])
+        for name, target in tensors.of_method.items():
+            target.copy_(method[name])
 
 
 def _momentum(tensors: TrainedTensors) -> dict[str, Tensor]:

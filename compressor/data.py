@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from compressor.augmentation import crop_and_flip
+from compressor.data_sizes import check_training_size, check_validation_size
 from compressor.errors import DataError
 from compressor.image_decoding import ImageShape
 from compressor.image_sources import ImageSource, open_source
@@ -127,10 +128,12 @@ def load_training_data(
     """
     source = open_source(recipe, part="train", download=download)
     labels_N = torch.tensor(source.labels)
-    _check_validation_size(source, labels_N, recipe.validation_size)
+    check_validation_size(source, labels_N, recipe.validation_size)
     keys_N = sample_keys(torch.arange(len(labels_N)), seed=seed)
     order_N = balanced_order(labels_N, uniform(keys_N, stream=Stream.HOLD_OUT))
     held_out, rest = order_N.tensor_split([recipe.validation_size])
+    check_training_size(recipe, num_left=len(rest))
+    rest = rest[: recipe.training_size]  # any beginning of the order is balanced
     storage = store_images(source, settings=settings, device=device)
 
     def split(name: str, index_N: Tensor) -> TrainingSplit:
@@ -256,25 +259,6 @@ def _batches(
             y_N=split.labels_N[places_B],
             index_N=split.index_N[places_B],
             keys_N=keys_B,
-        )
-
-
-def _check_validation_size(source: ImageSource, labels_N: Tensor, validation_size: int) -> None:
-    num_classes = len(source.class_names)
-    if validation_size < num_classes:
-        raise DataError(
-            f"data.validation_size = {validation_size} is less than one image for each of the "
-            f"{num_classes} classes of {source.name}; set it to {num_classes} or more"
-        )
-    counts_K = torch.bincount(labels_N, minlength=num_classes)
-    smallest, label = int(counts_K.min()), int(counts_K.argmin())
-    per_class = -(-validation_size // num_classes)
-    if per_class >= smallest:
-        limit = (smallest - 1) * num_classes
-        advice = f"set it to {limit} or less" if limit > 0 else "add images of that class"
-        raise DataError(
-            f"data.validation_size = {validation_size} takes {per_class} images of a class, and "
-            f"{source.name} has only {smallest} of class {source.class_names[label]!r}; {advice}"
         )
 
 

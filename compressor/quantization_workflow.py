@@ -107,14 +107,15 @@ def fine_tune(
     label = hashlib.sha256(canonical_json(facts).encode()).hexdigest()[:8]
     data = _training_data(request, recipe)
     student = Student(twin, resolve_performance(request.settings))
+    method = _method(request.run, recipe, data, performance=student.performance)
     training = Training(
         recipe=recipe,
         settings=request.settings,
         run=request.run.fine_tuning(label),
         data=replace(data, validation=data.validation.without(judging_N)),
         student=student,
-        method=_method(request.run, recipe, data, performance=student.performance),
-        tensors=trained_tensors(student, recipe),
+        method=method,
+        tensors=trained_tensors(student, recipe, method),
         observe=observe,
         resume_command=request.resume_command,
         stop=stop or StopWish(),

@@ -24,6 +24,7 @@ from compressor.closed_table import (
     TupleOf,
     UnitFraction,
 )
+from compressor.method_recipes import InnerAttackRecipe, MethodRecipe
 from compressor.threat import ThreatModel
 
 Role = Literal["clean", "robust"]
@@ -50,6 +51,8 @@ class DataRecipe(ClosedTable):
     source: str
     validation_size: Count
     """Training images held out for selection, the same number of each class up to one."""
+    training_size: Count | None = None
+    """Train on so many of the others, the same number of each class up to one; None: on all."""
     image_size: Side | None = None
     """Resize the shorter side to this and crop the centre; without it all sizes must agree."""
     num_channels: Literal[1, 3] | None = None
@@ -80,57 +83,6 @@ class TeacherRecipe(ClosedTable):
     """Side length that the teacher was trained on, where it differs from the data."""
     sha256: str | None = None
     """Refuse any other file."""
-
-
-class InnerAttackRecipe(ClosedTable):
-    """Projected gradient descent inside training."""
-
-    num_steps: Count = 10
-    step_size_pixels: Pixels | None = None
-    """None: a quarter of epsilon, as 2/255 is of 8/255."""
-    start: Literal["gaussian", "uniform", "zero"] = "gaussian"
-    """`gaussian` has standard deviation 0.001; `uniform` fills the ball."""
-
-
-class BMTARDRecipe(ClosedTable):
-    """Balanced multi-teacher adversarial distillation; defaults are the authors' settings."""
-
-    name: Literal["bmtard"] = "bmtard"
-    loss_scale: Positive = 0.1
-    """Factor on the batch-mean KL; 0.1 is the authors' element mean at ten classes."""
-    temperature_rate: NonNegative | Literal["scaled"] = "scaled"
-    """Step of both temperatures. `scaled`: 0.001 x 117,300 / steps of this run, at most 0.05,
-    so that the climb takes the same share of a short run as of the authors' 300 epochs."""
-    min_temperature: Positive = 1.0
-    max_temperature: Positive = 10.0
-    weight_rate: UnitFraction = 0.025
-    attack: InnerAttackRecipe = InnerAttackRecipe()
-
-
-class CrossEntropyRecipe(ClosedTable):
-    """Plain training on the labels: clean teachers, and the baseline without defence."""
-
-    name: Literal["cross_entropy"] = "cross_entropy"
-
-
-class PGDATRecipe(ClosedTable):
-    """Adversarial training on the labels (Madry et al. 2018)."""
-
-    name: Literal["pgd_at"] = "pgd_at"
-    attack: InnerAttackRecipe = InnerAttackRecipe(start="uniform")
-
-
-class TRADESRecipe(ClosedTable):
-    """Adversarial training with a KL trade-off (Zhang et al. 2019)."""
-
-    name: Literal["trades"] = "trades"
-    beta: NonNegative = 6.0
-    attack: InnerAttackRecipe = InnerAttackRecipe()
-
-
-MethodRecipe = Annotated[
-    BMTARDRecipe | CrossEntropyRecipe | PGDATRecipe | TRADESRecipe, Field(discriminator="name")
-]
 
 
 class MilestonesRecipe(ClosedTable):
@@ -206,7 +158,12 @@ class Recipe(ClosedTable):
 
     @model_validator(mode="after")
     def _check_parts_fit(self) -> "Recipe":
-        problems = [*_teacher_problems(self), *_attack_problems(self), *_schedule_problems(self)]
+        problems = [
+            *_teacher_problems(self),
+            *_attack_problems(self),
+            *self.method.problems(),
+            *_training_problems(self),
+        ]
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -232,6 +189,8 @@ def portable_dict(recipe: Recipe) -> dict[str, Any]:
     What is committed, published or hashed carries no path of the machine it was made on.
     """
     table = resolved_dict(recipe)
+    if recipe.data.training_size is None:  # so that recipes from before keep their identity
+        del table["data"]["training_size"]
     table["data"]["source"] = recipe.data.source.partition(":")[0]
     for teacher in table["teachers"]:
         teacher["source"] = _kind_of_teacher(teacher["source"])
@@ -252,22 +211,12 @@ def canonical_json(value: object) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
-_MORE = "give --{role}-teacher ARCH:FILE or a [[teachers]] table"
-_FEWER = "remove the [[teachers]] tables and options that are too many"
-
-
 def _teacher_problems(recipe: Recipe) -> list[str]:
-    needed = {"clean": 1, "robust": 1} if recipe.method.name == "bmtard" else {}
-    problems = []
-    for role in ("clean", "robust"):
-        count = sum(teacher.role == role for teacher in recipe.teachers)
-        if count != needed.get(role, 0):
-            problems.append(
-                f"teachers: method {recipe.method.name!r} takes {needed.get(role, 0)} {role} "
-                f"teacher, the recipe has {count}; "
-                + (_FEWER if count > needed.get(role, 0) else _MORE.format(role=role))
-            )
-    return problems if needed or recipe.teachers else []
+    roles = [teacher.role for teacher in recipe.teachers]
+    problems = recipe.method.teachers.problems(
+        num_clean=roles.count("clean"), num_robust=roles.count("robust")
+    )
+    return [f"teachers: method {recipe.method.name!r} {problem}" for problem in problems]
 
 
 def _attack_problems(recipe: Recipe) -> list[str]:
@@ -286,18 +235,12 @@ def _attack_problems(recipe: Recipe) -> list[str]:
     ]
 
 
-def _schedule_problems(recipe: Recipe) -> list[str]:
+def _training_problems(recipe: Recipe) -> list[str]:
     problems = []
     schedule = recipe.training.schedule
     if isinstance(schedule, MilestonesRecipe):
         if list(schedule.milestones) != sorted(set(schedule.milestones)):
             problems.append(f"training.schedule.milestones must rise: {list(schedule.milestones)}")
-    method = recipe.method
-    if isinstance(method, BMTARDRecipe) and method.min_temperature > method.max_temperature:
-        problems.append(
-            f"method.min_temperature {method.min_temperature} is above "
-            f"method.max_temperature {method.max_temperature}"
-        )
     if recipe.training.nesterov and recipe.training.momentum == 0:
         problems.append("training.nesterov needs training.momentum above 0")
     return problems

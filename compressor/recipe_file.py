@@ -13,10 +13,9 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from compressor.errors import RecipeError, UsageError
+from compressor.method_recipes import BMTARDRecipe, InnerAttackRecipe, TRADESRecipe
 from compressor.recipe import (
-    BMTARDRecipe,
     DataRecipe,
-    InnerAttackRecipe,
     MilestonesRecipe,
     OneCycleRecipe,
     Recipe,
@@ -24,7 +23,6 @@ from compressor.recipe import (
     StudentRecipe,
     TeacherRecipe,
     ThreatRecipe,
-    TRADESRecipe,
     TrainingRecipe,
 )
 

@@ -7,9 +7,10 @@ from typing import Any
 from compressor.attacks.build import selection_attack
 from compressor.data import TrainingData
 from compressor.errors import CheckpointError
+from compressor.method_recipes import BMTARDRecipe
 from compressor.methods.build import resolve_temperature_rate
 from compressor.performance_settings import PerformanceSettings
-from compressor.recipe import BMTARDRecipe, Recipe
+from compressor.recipe import Recipe
 from compressor.recipe_file import load_recipe
 from compressor.reports.report import Count
 from compressor.run_directory import RunDirectory, read_facts, read_json

@@ -23,7 +23,7 @@ from compressor.checkpoint import (
 from compressor.data import Augmentation, Batch, TrainingData, training_batches
 from compressor.errors import InterruptedRunError, NonFiniteLossError, TerminatedRunError
 from compressor.interruption import StopWish
-from compressor.methods.protocol import Method
+from compressor.methods.protocol import Method, Moment
 from compressor.metrics import (
     CandidateValidated,
     CheckpointSaved,
@@ -70,8 +70,8 @@ class Training:
         return num_steps_of(self.recipe, num_images=self.data.train.num_images)
 
 
-def trained_tensors(student: Student, recipe: Recipe) -> TrainedTensors:
-    """Optimiser and moving average of a student at the start of a run."""
+def trained_tensors(student: Student, recipe: Recipe, method: Method[Any]) -> TrainedTensors:
+    """Optimiser, moving average and what the method changes, at the start of a run."""
     training = recipe.training
     optimizer = torch.optim.SGD(
         student.network.parameters(),
@@ -83,7 +83,12 @@ def trained_tensors(student: Student, recipe: Recipe) -> TrainedTensors:
     average = None
     if training.ema_decay is not None:
         average = {name: t.detach().clone() for name, t in student.network.state_dict().items()}
-    return TrainedTensors(network=student.network, optimizer=optimizer, average=average)
+    return TrainedTensors(
+        network=student.network,
+        optimizer=optimizer,
+        average=average,
+        of_method=method.tensors(),
+    )
 
 
 def fit(training: Training, state: TrainState) -> TrainState:
@@ -162,9 +167,8 @@ def _train_step(
         num_steps=training.num_steps,
     )
     factor = rate_factor(recipe.training.schedule, progress)
-    result, method_state = training.method.step(
-        training.student, batch, state.method_state, rate_factor=factor
-    )
+    moment = Moment(fraction=progress.fraction, rate_factor=factor)
+    result, method_state = training.method.step(training.student, batch, state.method_state, moment)
     if not math.isfinite(result.logged["loss_nats"]):
         raise _non_finite(training, batch, step=state.step + 1, values=dict(result.logged))
     learning_rate = recipe.training.learning_rate * factor

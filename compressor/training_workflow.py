@@ -91,6 +91,12 @@ def train(
             refuse_unfit(check)
     spec = network_spec(recipe, data)
     student = Student(build_classifier(spec, seed=recipe.seed), performance)
+    method = build_method(
+        recipe.method,
+        threat=recipe.threat.build(),
+        teachers=teachers,
+        num_steps=num_steps_of(recipe, num_images=data.train.num_images),
+    )
     facts = run_facts(recipe, data, checks)
     run.make()
     with run.locked():
@@ -109,13 +115,8 @@ def train(
             run=run,
             data=data,
             student=student,
-            method=build_method(
-                recipe.method,
-                threat=recipe.threat.build(),
-                teachers=teachers,
-                num_steps=num_steps_of(recipe, num_images=data.train.num_images),
-            ),
-            tensors=trained_tensors(student, recipe),
+            method=method,
+            tensors=trained_tensors(student, recipe, method),
             observe=observe,
             resume_command=request.resume_command,
             stop=stop or StopWish(),

@@ -13,7 +13,7 @@ from compressor.balancers import (
 )
 from compressor.data import Batch
 from compressor.losses import guarded_kl, guarded_negative_entropy, temper
-from compressor.methods.protocol import StepResult, read_back
+from compressor.methods.protocol import Moment, StepResult, WithoutTensors, read_back
 from compressor.student import Student
 from compressor.teachers import Teacher
 
@@ -27,7 +27,7 @@ class BMTARDState:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BMTARD:
+class BMTARD(WithoutTensors):
     """One clean and one robust teacher, their entropies and their losses kept in balance.
 
     Source: Zhao et al., "Mitigating accuracy-robustness trade-off via balanced multi-teacher
@@ -60,7 +60,7 @@ class BMTARD:
         )
 
     def step(
-        self, student: Student, batch: Batch, state: BMTARDState, *, rate_factor: float
+        self, student: Student, batch: Batch, state: BMTARDState, moment: Moment
     ) -> tuple[StepResult, BMTARDState]:
         """Attack, two passes of the student, one of each teacher; then balance and weigh."""
         x, y = batch.x_NCHW, batch.y_N
@@ -85,14 +85,14 @@ class BMTARD:
             state.temperatures,
             robust_negative_entropy=robust_negentropy,
             clean_negative_entropy=clean_negentropy,
-            rate=self.temperature_rate * rate_factor,
+            rate=self.temperature_rate * moment.rate_factor,
             bounds=self.temperature_bounds,
         )
         weights = balance_loss_weights(  # these are for this one
             state.weights,
             robust_loss=robust_value,
             clean_loss=clean_value,
-            rate=self.weight_rate * rate_factor,
+            rate=self.weight_rate * moment.rate_factor,
         )
         logged = {
             "loss_nats": weights.robust * robust_value + weights.clean * clean_value,

@@ -5,18 +5,13 @@ from typing import Any
 
 from compressor.attacks.build import build_inner_attack
 from compressor.losses import cross_entropy, kl_to_probabilities
+from compressor.method_recipes import BMTARDRecipe, CrossEntropyRecipe, MethodRecipe, PGDATRecipe
 from compressor.methods.bmtard import BMTARD
 from compressor.methods.cross_entropy import CrossEntropy
 from compressor.methods.pgd_at import PGDAT
 from compressor.methods.protocol import Method
 from compressor.methods.trades import TRADES
-from compressor.recipe import (
-    BMTARDRecipe,
-    CrossEntropyRecipe,
-    MethodRecipe,
-    PGDATRecipe,
-    Role,
-)
+from compressor.recipe import Role
 from compressor.teachers import Teacher
 from compressor.threat import ThreatModel
 

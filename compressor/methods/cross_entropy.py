@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from compressor.data import Batch
 from compressor.losses import cross_entropy
-from compressor.methods.protocol import NoState, Stateless, StepResult, read_back
+from compressor.methods.protocol import Moment, NoState, Stateless, StepResult, read_back
 from compressor.student import Student
 
 
@@ -13,9 +13,9 @@ class CrossEntropy(Stateless):
     """Minimise the cross-entropy of clean images."""
 
     def step(
-        self, student: Student, batch: Batch, state: NoState, *, rate_factor: float
+        self, student: Student, batch: Batch, state: NoState, moment: Moment
     ) -> tuple[StepResult, NoState]:
         """One pass."""
-        del rate_factor
+        del moment
         loss = cross_entropy(student.logits(batch.x_NCHW), batch.y_N).mean()
         return StepResult(loss=loss, logged={"loss_nats": read_back(loss)[0]}), state

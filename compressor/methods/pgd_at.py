@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from compressor.attacks.protocol import Attack
 from compressor.data import Batch
 from compressor.losses import cross_entropy
-from compressor.methods.protocol import NoState, Stateless, StepResult, read_back
+from compressor.methods.protocol import Moment, NoState, Stateless, StepResult, read_back
 from compressor.student import Student
 
 
@@ -21,10 +21,10 @@ class PGDAT(Stateless):
     attack: Attack
 
     def step(
-        self, student: Student, batch: Batch, state: NoState, *, rate_factor: float
+        self, student: Student, batch: Batch, state: NoState, moment: Moment
     ) -> tuple[StepResult, NoState]:
         """Attack, then one pass on its images."""
-        del rate_factor
+        del moment
         x_adv = self.attack(student.evaluation_view(), batch.x_NCHW, batch.y_N, keys_N=batch.keys_N)
         loss = cross_entropy(student.logits(x_adv), batch.y_N).mean()
         return StepResult(loss=loss, logged={"loss_nats": read_back(loss)[0]}), state

@@ -18,6 +18,16 @@ State = TypeVar("State")
 
 
 @dataclass(frozen=True, kw_only=True)
+class Moment:
+    """Where a step stands in its run."""
+
+    fraction: float = 0.0
+    """Share of the run that is done, in [0, 1); at the beginning of epoch e of E it is e / E."""
+    rate_factor: float = 1.0
+    """Learning rate now over the highest one; other rates follow it."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class StepResult:
     """What one step hands to the trainer."""
 
@@ -36,8 +46,11 @@ class Method(Protocol[State]):
     def restore_state(self, values: Mapping[str, object]) -> State:
         """The inverse of `dataclasses.asdict`, for checkpoints."""
 
+    def tensors(self) -> Mapping[str, Tensor]:
+        """What steps change in place besides the student, by name; checkpoints hold it."""
+
     def step(
-        self, student: Student, batch: Batch, state: State, *, rate_factor: float
+        self, student: Student, batch: Batch, state: State, moment: Moment
     ) -> tuple[StepResult, State]:
         """Losses of one batch, and the state of the next one.
 
@@ -45,7 +58,7 @@ class Method(Protocol[State]):
             student: the network under training, in train mode.
             batch: clean images and labels.
             state: what earlier steps left.
-            rate_factor: learning rate now over the highest one; other rates follow it.
+            moment: how far the run is.
         """
 
 
@@ -54,7 +67,15 @@ class NoState:
     """A method that carries nothing from step to step."""
 
 
-class Stateless:
+class WithoutTensors:
+    """Mixin of methods that change nothing in place but the student."""
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        """None."""
+        return {}
+
+
+class Stateless(WithoutTensors):
     """Mixin of methods whose steps depend on nothing before them."""
 
     def initial_state(self) -> NoState:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from compressor.attacks.protocol import Attack
 from compressor.data import Batch
 from compressor.losses import cross_entropy, kl_divergence
-from compressor.methods.protocol import NoState, Stateless, StepResult, read_back
+from compressor.methods.protocol import Moment, NoState, Stateless, StepResult, read_back
 from compressor.student import Student
 
 
@@ -23,10 +23,10 @@ class TRADES(Stateless):
     beta: float
 
     def step(
-        self, student: Student, batch: Batch, state: NoState, *, rate_factor: float
+        self, student: Student, batch: Batch, state: NoState, moment: Moment
     ) -> tuple[StepResult, NoState]:
         """Attack the answer, then two passes."""
-        del rate_factor
+        del moment
         view = student.evaluation_view()
         clean_p_NK = F.softmax(view(batch.x_NCHW), dim=1)
         x_adv = self.attack(view, batch.x_NCHW, clean_p_NK, keys_N=batch.keys_N)

@@ -25,12 +25,13 @@ from compressor.data import Batch
 from compressor.environment import describe_environment
 from compressor.folding import EvaluationView
 from compressor.losses import cross_entropy
+from compressor.method_recipes import InnerAttackRecipe
 from compressor.methods.bmtard import BMTARD
+from compressor.methods.protocol import Moment
 from compressor.networks import NetworkSpec, build_classifier
 from compressor.performance import Performance, resolve_performance
 from compressor.performance_settings import PerformanceSettings
 from compressor.randomness import sample_keys
-from compressor.recipe import InnerAttackRecipe
 from compressor.run_directory import write_text_atomically
 from compressor.student import Student
 from compressor.teachers import Teacher
@@ -110,7 +111,7 @@ def our_step(x: Tensor, y: Tensor, performance: Performance) -> Callable[[], Non
     def step() -> None:
         nonlocal state
         optimizer.zero_grad(set_to_none=True)
-        result, state = method.step(student, batch, state, rate_factor=1.0)
+        result, state = method.step(student, batch, state, Moment())
         result.loss.backward()
         optimizer.step()
 

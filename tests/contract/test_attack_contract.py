@@ -8,8 +8,8 @@ from torch.testing import assert_close
 from compressor.attacks.build import build_inner_attack, evaluation_attacks, selection_attack
 from compressor.folding import EvaluationView
 from compressor.losses import cross_entropy
+from compressor.method_recipes import InnerAttackRecipe
 from compressor.performance import Performance
-from compressor.recipe import InnerAttackRecipe
 from compressor.threat import ThreatModel
 
 ATTACK_NAMES = [

@@ -16,12 +16,13 @@ from compressor.attacks.stages import build_stages
 from compressor.data import Batch
 from compressor.folding import EvaluationView
 from compressor.losses import cross_entropy
+from compressor.method_recipes import InnerAttackRecipe
 from compressor.methods.bmtard import BMTARD
+from compressor.methods.protocol import Moment
 from compressor.networks import NetworkSpec, build_classifier
 from compressor.performance import Performance, resolve_performance
 from compressor.performance_settings import PerformanceSettings
 from compressor.randomness import sample_keys
-from compressor.recipe import InnerAttackRecipe
 from compressor.recipe_file import parse_recipe
 from compressor.student import Student
 from compressor.teachers import Teacher
@@ -105,7 +106,7 @@ def bmtard_step(batch, performance, *, start="zero"):
         weight_rate=0.025,
     )
     student = Student(make_network(0), performance)
-    result, _ = method.step(student, batch, method.initial_state(), rate_factor=1.0)
+    result, _ = method.step(student, batch, method.initial_state(), Moment())
     result.loss.backward()
     return result.logged, {name: p.grad.cpu() for name, p in student.network.named_parameters()}
 

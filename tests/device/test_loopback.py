@@ -35,11 +35,11 @@ from compressor.folding import EvaluationView
 from compressor.image_sources import open_source
 from compressor.image_storage import ResidentImages, StreamedImages
 from compressor.losses import cross_entropy
+from compressor.method_recipes import InnerAttackRecipe
 from compressor.methods.build import build_method
 from compressor.networks import NetworkSpec, build_classifier, evaluation_mode
 from compressor.performance import Performance
 from compressor.performance_settings import PerformanceSettings
-from compressor.recipe import InnerAttackRecipe
 from compressor.recipe_file import parse_recipe
 from compressor.selection import measure_on_validation
 from compressor.student import Student
@@ -520,7 +520,7 @@ def make_training(run, recipe, data, *, teachers, network):
         data=data,
         student=student,
         method=method,
-        tensors=trained_tensors(student, recipe),
+        tensors=trained_tensors(student, recipe, method),
         observe=lambda event: None,
         resume_command="",
     )

@@ -13,9 +13,10 @@ from compressor.attacks import pgd
 from compressor.attacks.build import build_inner_attack
 from compressor.data import Batch
 from compressor.losses import cross_entropy
+from compressor.method_recipes import InnerAttackRecipe
 from compressor.methods.bmtard import BMTARD
+from compressor.methods.protocol import Moment
 from compressor.performance import Performance
-from compressor.recipe import InnerAttackRecipe
 from compressor.student import Student
 from compressor.threat import ThreatModel
 
@@ -61,7 +62,7 @@ def steps():
         batch, noise = make_batch(step)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(pgd, "normal", lambda keys_N, *, stream, shape, noise=noise: noise)
-            result, state = method.step(student, batch, state, rate_factor=factor)
+            result, state = method.step(student, batch, state, Moment(rate_factor=factor))
         optimizer.param_groups[0]["lr"] = ORACLE.LEARNING_RATE * factor
         optimizer.zero_grad()
         result.loss.backward()
@@ -119,7 +120,7 @@ def test_bmtard_float32_one_step_on_the_same_adversarial_batch():
     )
     student = Student(ORACLE.make_student().float(), PERFORMANCE)
     batch, _ = make_batch(0, torch.float32)
-    result, state = method.step(student, batch, method.initial_state(), rate_factor=1.0)
+    result, state = method.step(student, batch, method.initial_state(), Moment())
     assert result.loss.dtype == torch.float32
     for name in ("loss_nats", "robust_loss_nats", "clean_loss_nats", "robust_weight_fraction"):
         assert result.logged[name] == pytest.approx(STEPS[0][name], rel=0, abs=1e-5)

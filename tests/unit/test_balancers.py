@@ -14,6 +14,7 @@ from compressor.balancers import (
 from compressor.data import Batch
 from compressor.losses import guarded_negative_entropy, temper
 from compressor.methods.bmtard import BMTARD
+from compressor.methods.protocol import Moment
 
 ROBUST_TEACHER = torch.tensor([[2.0, 1.0, 0.5, 0.0], [0.2, 1.8, 0.9, 0.1]], dtype=torch.float64)
 CLEAN_TEACHER = torch.tensor([[9.0, 1.0, 0.0, -1.0], [0.0, 7.0, 2.0, 1.0]], dtype=torch.float64)
@@ -217,13 +218,13 @@ def batch():
 
 def test_bmtard_two_worked_steps(bmtard, batch):
     student = FixedStudent()
-    first, state = bmtard.step(student, batch, bmtard.initial_state(), rate_factor=1.0)
+    first, state = bmtard.step(student, batch, bmtard.initial_state(), Moment())
     assert student.asked == ["adv", "clean"]
     assert first.loss.item() == pytest.approx(0.10266597, abs=6e-9)
     assert state.temperatures == TemperatureState(robust=1.0, clean=1.001)
     assert (state.weights.robust, state.weights.clean) == (0.5, 0.5)
 
-    second, state = bmtard.step(student, batch, state, rate_factor=1.0)
+    second, state = bmtard.step(student, batch, state, Moment())
     logged = second.logged
     assert logged["robust_loss_nats"] == pytest.approx(0.03171869, abs=6e-9)
     assert logged["clean_loss_nats"] == pytest.approx(0.17357726, abs=6e-9)
@@ -236,7 +237,7 @@ def test_bmtard_two_worked_steps(bmtard, batch):
 
 
 def test_bmtard_logs_the_temperatures_it_used(bmtard, batch):
-    result, _ = bmtard.step(FixedStudent(), batch, bmtard.initial_state(), rate_factor=1.0)
+    result, _ = bmtard.step(FixedStudent(), batch, bmtard.initial_state(), Moment())
     assert result.logged["robust_temperature_ratio"] == 1.0
     assert result.logged["clean_temperature_ratio"] == 1.0
     entropies = [result.logged[f"{role}_teacher_entropy_nats"] for role in ("robust", "clean")]
@@ -244,11 +245,11 @@ def test_bmtard_logs_the_temperatures_it_used(bmtard, batch):
 
 
 def test_bmtard_both_rates_follow_the_schedule(bmtard, batch):
-    _, state = bmtard.step(FixedStudent(), batch, bmtard.initial_state(), rate_factor=0.1)
+    _, state = bmtard.step(FixedStudent(), batch, bmtard.initial_state(), Moment(rate_factor=0.1))
     assert state.temperatures.clean == pytest.approx(1.0001, abs=1e-12)
     fallen = LossWeightState(first_robust_loss=1.0, first_clean_loss=0.17361325)
     start = type(state)(weights=fallen)
-    slow = bmtard.step(FixedStudent(), batch, start, rate_factor=0.1)[1].weights.clean - 0.5
-    fast = bmtard.step(FixedStudent(), batch, start, rate_factor=1.0)[1].weights.clean - 0.5
+    slow = bmtard.step(FixedStudent(), batch, start, Moment(rate_factor=0.1))[1].weights.clean - 0.5
+    fast = bmtard.step(FixedStudent(), batch, start, Moment())[1].weights.clean - 0.5
     assert fast > 0.01
     assert slow == pytest.approx(fast / 10, rel=1e-9)

@@ -97,6 +97,23 @@ def test_hold_out_is_balanced_and_the_rest_is_training(validation_size):
     assert torch.equal(together, torch.arange(1300))
 
 
+def test_a_part_of_the_training_images_is_balanced_and_the_hold_out_is_the_same(data):
+    part = load(recipe=DIGITS.model_copy(update={"training_size": 203}))
+    counts = torch.bincount(part.train.labels_N, minlength=10)
+    assert counts.sum() == part.train.num_images == 203
+    assert counts.max() - counts.min() <= 1
+    assert part.validation.index_sha256 == data.validation.index_sha256
+    assert {*part.train.index_N.tolist()} <= {*data.train.index_N.tolist()}
+
+
+def test_more_training_images_than_there_are(data):
+    num_left = data.train.num_images
+    everything = load(recipe=DIGITS.model_copy(update={"training_size": num_left}))
+    assert everything.train.index_sha256 == data.train.index_sha256
+    with pytest.raises(DataError, match=f"{num_left + 1} is more than the {num_left} images"):
+        load(recipe=DIGITS.model_copy(update={"training_size": num_left + 1}))
+
+
 def test_hold_out_follows_the_seed(data):
     again, other = load(), load(seed=1)
     assert again.validation.index_sha256 == data.validation.index_sha256

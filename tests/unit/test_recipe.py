@@ -7,14 +7,9 @@ from pathlib import Path
 import pytest
 
 from compressor.errors import RecipeError, UsageError
+from compressor.method_recipes import BMTARDRecipe, InnerAttackRecipe
 from compressor.methods.build import resolve_temperature_rate
-from compressor.recipe import (
-    BMTARDRecipe,
-    InnerAttackRecipe,
-    TrainingRecipe,
-    portable_dict,
-    resolved_dict,
-)
+from compressor.recipe import TrainingRecipe, portable_dict, resolved_dict
 from compressor.recipe_file import apply_override, load_recipe, parse_recipe, read_table
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples" / "recipes").glob("*.toml"))
@@ -186,6 +181,7 @@ CHANGES = {
     "threat.norm": None,  # has one value only
     "threat.epsilon_pixels": "4/255",
     "data.source": "fashion-mnist:/data",
+    "data.training_size": "1000",
     "data.validation_size": "200",
     "data.image_size": "16",
     "data.num_channels": "3",
