@@ -100,7 +100,7 @@ def test_a_zero_point_that_tensorrt_refuses_is_named(int8, tmp_path, audited):
     graph = changed(int8, tmp_path, scalar_zero(3, np.int8))
     found = broken_rules(graph)
     assert len(found) == 8  # pairs in front of four layers
-    assert "images_QuantizeLinear has the zero point 3; TensorRT takes 0 only" in found
+    assert "images_q has the zero point 3; TensorRT takes 0 only" in found
     assert set(found) <= set(audited(graph))
 
 
