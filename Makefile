@@ -70,8 +70,8 @@ evidence-export: install
 	$(BIN)/python tests/evidence/export_agreement.py --data 'imagefolder:$(CIFAR10)' \
 	  --write docs/results/export-agreement.md
 	$(BIN)/robust-compress export $(RUN) --half --int8
-	$(BIN)/robust-compress export $(RUN) --int8 --keep-float 3 --calibration-images adversarial
-	$(BIN)/robust-compress export $(RUN) --qat 1 --calibration-images adversarial
+	$(BIN)/robust-compress export $(RUN) --int8 --keep-float 3
+	$(BIN)/robust-compress export $(RUN) --qat 1
 	$(BIN)/python tests/evidence/exported_files.py --run $(RUN) --data 'imagefolder:$(CIFAR10)' \
 	  --work $(RUN)/evidence --write docs/results/export-$(notdir $(RUN)).md
 

@@ -62,6 +62,10 @@ def _how_it_was_made(exported: "ExportedModel") -> list[str]:
         f"{details['calibration_kind']} training images; robust on images held out to choose by: "
         f"{tried}"
     ]
+    if details["fine_tuned_epochs"] == 0:
+        lines.append(
+            "fine-tuning did not help: these are the weights before it, the best there were"
+        )
     kept = [layer for layer in details["layers"] if layer["is_kept"]]
     if kept:
         lines.append(f"kept in float, {len(kept)} of {len(details['layers'])} layers:")

@@ -131,7 +131,9 @@ def _fine_tune(
         resume_command="the same command again",
     )
 
-    def run(float32: "Path", int8: "Path", judging_N: "Tensor") -> "Mapping[str, Tensor]":
+    def run(
+        float32: "Path", int8: "Path", judging_N: "Tensor"
+    ) -> "tuple[Mapping[str, Tensor], int]":
         status.stop()
         try:
             with stop_wish() as stop, training_display(output) as observe:

@@ -67,7 +67,7 @@ def fine_tune(
     takes_bytes: bool = False,
     observe: Observer = lambda _: None,
     stop: StopWish | None = None,
-) -> dict[str, Tensor]:
+) -> tuple[dict[str, Tensor], int]:
     """Train what an int8 file rounds, so that rounding costs less.
 
     It is a run of its own inside the folder of the run, and goes on there after an interruption.
@@ -84,7 +84,8 @@ def fine_tune(
         stop: whether to end early.
 
     Returns:
-        Weights before rounding, and biases, by the name of the constant in the int8 file.
+        Weights before rounding, and biases, by the name of the constant in the int8 file; and
+        the epoch that was best, 0 if none was better than the weights before.
 
     Raises:
         DataError: if the images are not those of the run.
@@ -125,7 +126,7 @@ def fine_tune(
     if state.best is None:
         raise AssertionError("the last epoch is always validated")
     twin.load_state_dict(load_candidate(training.run, state.best))
-    return twin.cpu().trained_constants()
+    return twin.cpu().trained_constants(), state.best.epoch
 
 
 def _recipe(request: FineTuningRequest) -> Recipe:

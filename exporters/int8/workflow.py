@@ -67,6 +67,8 @@ class Int8Result:
     layers: tuple[LayerSensitivity, ...]
     """Most sensitive first; empty where all layers bear 8 bits."""
     trials: tuple[Trial, ...]
+    fine_tuned_epochs: int | None = None
+    """Of the epoch that was best; 0 if it was none, and None without fine-tuning."""
 
     def details(self, prepared: Prepared) -> dict[str, Any]:
         """How the file was made, as plain values."""
@@ -85,6 +87,7 @@ class Int8Result:
                 }
                 for c in self.calibrations
             ],
+            "fine_tuned_epochs": self.fine_tuned_epochs,
             "kept_in_float": [layer.name for layer in self.layers if layer.is_kept],
             "layers": [_layer_table(layer) for layer in self.layers],
             "trials": [
@@ -109,9 +112,9 @@ def _layer_table(layer: LayerSensitivity) -> dict[str, Any]:
     }
 
 
-FineTune = Callable[[Path, Path, Tensor], Mapping[str, Tensor]]
+FineTune = Callable[[Path, Path, Tensor], tuple[Mapping[str, Tensor], int]]
 """(float32 file, int8 file, places of held-out images that may choose nothing, int64) -> what
-`exporters.int8.to_int8.write_fine_tuned` takes."""
+`exporters.int8.to_int8.write_fine_tuned` takes, and the epoch it is from; 0: from before it."""
 
 
 def make_int8(
@@ -164,7 +167,7 @@ def make_fine_tuned(
     graph = read_graph(path.read_bytes(), path)
     tell("int8: fine-tuning the rounded network")
     validation, num_images = prepared.data.validation, prepared.request.num_images
-    trained = fine_tune(float32, path, judging_places(validation, num_images=num_images))
+    trained, epoch = fine_tune(float32, path, judging_places(validation, num_images=num_images))
     write_fine_tuned(path, path, trained, metadata=prepared.metadata())
     makers = {node.outputs[0]: node.inputs[0] for node in graph.nodes if node.inputs[0] in trained}
     weights = {
@@ -179,6 +182,7 @@ def make_fine_tuned(
         calibrations=tuple(tried),
         layers=(),
         trials=(),
+        fine_tuned_epochs=epoch,
     )
 
 

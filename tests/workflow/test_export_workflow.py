@@ -316,11 +316,12 @@ def test_fine_tuned_weights_are_put_into_the_file_and_proven(copy, fast):
         found = float_weights(graph, read_graph(float32.read_bytes(), float32))
         (last,) = [node for node in graph.nodes if node.op == "Gemm"]
         bias = graph.constants[last.inputs[2]]
-        return {**found, last.inputs[2]: bias + 0.01}
+        return {**found, last.inputs[2]: bias + 0.01}, 1
 
     _, (_, exported) = export_run(request_for(copy, "int8"), fine_tune=fine_tune)
     assert seen == [("model.fp32.onnx", "unverified.int8.onnx")]
     assert (exported.variant, exported.path) == ("int8-qat", copy.onnx("int8-qat"))
+    assert exported.details["fine_tuned_epochs"] == 1
     assert exported.verification.status == "verified"
     plain = load_onnx_model(copy.onnx("fp32"))
     x_NCHW = torch.rand(20, 1, 8, 8, generator=torch.Generator().manual_seed(0))

@@ -126,6 +126,7 @@ def test_weights_before_it_are_kept_where_it_does_harm(copy, tuned, monkeypatch)
     monkeypatch.setattr(compressor.trainer, "measure_on_validation", worse_and_worse)
     exported, _ = tuned()
     assert len(measured) == 2
+    assert exported.details["fine_tuned_epochs"] == 0
     assert (
         state_of(fine_tuning_of(copy), fine_tuning_of(copy).checkpoint_steps()[-1])["best"]["step"]
         == 0
