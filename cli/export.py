@@ -193,6 +193,7 @@ def export(
         parse_opset,
         parse_precisions,
         parse_sizes,
+        refuse_idle_int8,
     )
     from cli.exporting import export_engines, run_export
     from compressor.device.build_options import BuildOptions
@@ -225,6 +226,7 @@ def export(
         budget=Budget(max_clean_drop=max_clean_drop, max_robust_drop=max_robust_drop),
         num_images=samples,
     )
+    refuse_idle_int8(request, fine_tunes=qat > 0)
     wanted = parse_formats([*(formats or []), *(["engine"] if trt else [])])
     check_timing_cache(timing_cache)
     try:
@@ -241,7 +243,7 @@ def export(
         raise UsageError(str(error)) from None
     check_bundle_options(bundle, signing_key)
     if dry_run:
-        print_plan(request, wanted, output, bundle=bundle)
+        print_plan(request, wanted, output, fine_tunes=qat > 0, bundle=bundle)
         return
     prepared, made = run_export(request, output, qat_epochs=qat)
     result: dict[str, Any] = {"files": [as_table(e) | {"path": str(e.path)} for e in made]}

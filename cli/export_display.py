@@ -81,20 +81,28 @@ def _why_kept(layer: dict[str, Any]) -> str:
 
 
 def print_plan(
-    request: "ExportRequest", formats: list[str], output: Output, *, bundle: "Path | None"
+    request: "ExportRequest",
+    formats: list[str],
+    output: Output,
+    *,
+    fine_tunes: bool,
+    bundle: "Path | None",
 ) -> None:
     """What `export` would write."""
     from exporters.exported_model import PRECISIONS
 
-    wanted = [p for p in PRECISIONS if p == "fp32" or p in request.precisions]
-    paths = [str(request.run.onnx(p)) for p in wanted]
+    int8 = "int8-qat" if fine_tunes else "int8-mixed" if request.int8.min_kept else "int8"
+    names = {precision: int8 if precision == "int8" else precision for precision in PRECISIONS}
+    asked = [names[precision] for precision in PRECISIONS if precision in request.precisions]
+    paths = [str(request.run.onnx(name)) for name in dict.fromkeys(["fp32", *asked])]
     if "engine" in formats:
-        paths += [str(request.run.build_kit)]
-        paths += [str(request.run.engine(p)) for p in PRECISIONS if p in request.precisions]
+        paths += [str(request.run.build_kit), *(str(request.run.engine(name)) for name in asked)]
     paths += [] if bundle is None else [str(bundle)]
     output.title("Would write")
     for path in paths:
         output.say(f"  {path}")
+    if "int8" in asked:
+        output.say("  (int8-mixed instead of int8, if a layer has to stay in float)")
     output.result({"would_write": paths, "formats": formats})
     output.next_command("the same command without --dry-run")
 

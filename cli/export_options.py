@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from exporters.exported_model import Precision
-    from exporters.request import Int8Request
+    from exporters.request import ExportRequest, Int8Request
 
 _FORMATS = {"onnx": "onnx", "engine": "engine", "trt": "engine", "tensorrt": "engine"}
 
@@ -103,3 +103,28 @@ def parse_int8(method: str, kind: str, *, num_images: int, min_kept: int) -> "In
         num_images=num_images,
         min_kept=min_kept,
     )
+
+
+def refuse_idle_int8(request: "ExportRequest", *, fine_tunes: bool) -> None:
+    """Options of int8 that would do nothing.
+
+    Raises:
+        UsageError: naming the first of them.
+    """
+    from exporters.request import Int8Request
+
+    asked, usual = request.int8, Int8Request()
+    options = {
+        "--keep-float": asked.min_kept != usual.min_kept,
+        "--calibration-method": asked.method != usual.method,
+        "--calibration-images": asked.kind != usual.kind,
+        "--calibration-samples": asked.num_images != usual.num_images,
+    }
+    idle = [option for option, is_given in options.items() if is_given]
+    if idle and "int8" not in request.precisions:
+        raise UsageError(f"{idle[0]} would have no effect without --int8; add it, or leave it out")
+    if fine_tunes and asked.min_kept:
+        raise UsageError(
+            "--keep-float would have no effect with --qat, which trains every layer in 8 bits; "
+            "give one of them"
+        )

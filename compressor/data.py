@@ -133,7 +133,9 @@ def load_training_data(
     order_N = balanced_order(labels_N, uniform(keys_N, stream=Stream.HOLD_OUT))
     held_out, rest = order_N.tensor_split([recipe.validation_size])
     check_training_size(recipe, num_left=len(rest))
-    rest = rest[: recipe.training_size]  # any beginning of the order is balanced
+    if recipe.training_size is not None:  # any beginning of such an order is balanced
+        draws_N = uniform(keys_N[rest], stream=Stream.HOLD_OUT)
+        rest = rest[balanced_order(labels_N[rest], draws_N)][: recipe.training_size]
     storage = store_images(source, settings=settings, device=device)
 
     def split(name: str, index_N: Tensor) -> TrainingSplit:

@@ -26,7 +26,8 @@ from compressor.device.tensorrt_runtime import import_tensorrt
 from compressor.errors import ArtefactMismatchError, MissingDependencyError, WeightsError
 from compressor.onnx_model import OnnxModel, as_bytes, load_onnx_model
 
-_MAX_SIDECAR_BYTES = 1 << 20
+MAX_SIDECAR_BYTES = 1 << 20
+"""More than any of ours, and less than the memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,7 +155,7 @@ class _Sidecar:
 
 
 def _read_sidecar(path: Path, *, sha256: str) -> _Sidecar:
-    content = read_limited(path, max_bytes=_MAX_SIDECAR_BYTES)
+    content = read_limited(path, max_bytes=MAX_SIDECAR_BYTES)
     if sha256_of(content) != sha256.lower():
         raise ArtefactMismatchError(f"{path} has SHA-256 {sha256_of(content)}, not {sha256}")
     try:

@@ -257,14 +257,22 @@ def _status(
             f"{ended_because} after {num_done} of {num_planned} images, a random part of them"
         )
     reason = f"all {num_planned} images went through all attacks, and no check objects"
+    return "verified", reason + _reservation(prepared)
+
+
+def _reservation(prepared: Prepared) -> str:
+    """What a verified result still lacks; empty if nothing."""
+    twin = prepared.model.twin
     if _lacks_square(prepared):
-        reason += (
+        return (
             "; but the protocol is incomplete and the bound a loose one, as without Square nobody "
             "asked the file but where the gradients of its twin led"
         )
-    elif not is_autoattack([stage.name for stage in prepared.stages]):
-        reason += "; the whole cascade was not among them, so the bound is a loose one"
-    return "verified", reason
+    if twin is not None and twin.module is None:
+        return f"; the file was attacked with images of its source and by Square: {twin.reason}"
+    if not is_autoattack([stage.name for stage in prepared.stages]):
+        return "; the whole cascade was not among them, so the bound is a loose one"
+    return ""
 
 
 def _lacks_square(prepared: Prepared) -> bool:

@@ -8,6 +8,7 @@ import torch
 
 from compressor.checkpoint import selected_candidate
 from compressor.data import TrainingData, load_training_data
+from compressor.data_identity import refuse_other_data
 from compressor.errors import CheckpointError, RunError
 from compressor.networks import Classifier, NetworkSpec, load_trained
 from compressor.onnx_model import OnnxModel
@@ -118,7 +119,7 @@ def prepare(request: ExportRequest) -> Prepared:
 
     Raises:
         RunError: if training has not ended.
-        DataError: if the images cannot be read.
+        DataError: if the images cannot be read, or are not those of the run.
     """
     network, spec = load_trained(request.run)
     recipe, facts = load_recipe(request.run.resolved_recipe), read_facts(request.run)
@@ -129,6 +130,7 @@ def prepare(request: ExportRequest) -> Prepared:
         settings=request.settings,
         device=torch.device("cpu"),
     )
+    refuse_other_data(data, request.run)
     threat = recipe.threat.build()
     return Prepared(
         request=request,

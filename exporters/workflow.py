@@ -11,7 +11,6 @@ import torch
 from compressor.errors import ArtefactMismatchError, TooLossyError
 from compressor.onnx_model import OnnxModel, load_onnx_model
 from compressor.run_directory import (
-    RunDirectory,
     write_bytes_atomically,
     write_json_atomically,
 )
@@ -175,8 +174,3 @@ def as_table(exported: ExportedModel) -> dict[str, Any]:
     """Plain values for JSON; the path is only a name, as folders move."""
     shown = verification_table(exported.verification)
     return asdict(exported) | {"path": exported.path.name, "verification": shown}
-
-
-def exported_files(run: RunDirectory) -> list[Path]:
-    """The verified ONNX files of a run, those of the highest precision first."""
-    return [path for path in map(run.onnx, PRECISION_OF) if path.is_file()]

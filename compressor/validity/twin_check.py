@@ -25,6 +25,8 @@ MIN_FOLLOWED = 0.5
 SLACK = 5
 """Times the median by which the two margins differ on clean images: so much they may differ under
 attack, as 8 bits round otherwise in the twin. A median, as a few images must not buy it."""
+MAX_SLACK = 0.1
+"""Of the median margin, or a file that differs a little on all images could buy it."""
 
 TWIN_UNDER_ATTACK = Check(
     name="twin_under_attack",
@@ -84,7 +86,9 @@ class _Margins:
 
 
 def _judge(of_twin: _Margins, of_file: _Margins) -> ValidityRow:
-    slack = SLACK * float((of_file.clean_N - of_twin.clean_N).abs().median())
+    differ = float((of_file.clean_N - of_twin.clean_N).abs().median())
+    margins = (float(of.clean_N.abs().median()) for of in (of_file, of_twin))
+    slack = min(SLACK * differ, MAX_SLACK * min(margins))
     escapes_N = (of_twin.found_N > slack) & ~of_file.is_fooled_N
     follows_N = of_file.rises() >= MIN_FOLLOWED * of_twin.rises() - slack
     is_apart_N = escapes_N | ~(follows_N | of_file.is_fooled_N)

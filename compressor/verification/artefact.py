@@ -39,7 +39,7 @@ _NUM_AT_ONCE = 50
 """More large images would not fit into memory."""
 MIN_TWIN_AGREEMENT = 0.95
 """Share of images on which the twin gives the label of its file."""
-MAX_TWIN_ERROR = 0.1
+MAX_TWIN_ERROR = 0.05
 """Root mean square of the twin's error, as a share of that of the file's logits around their mean
 over the classes, or a large number added to all would hide any error. ONNX Runtime also rounds the
 biases of an int8 file, by itself, so that some steps fall the other way: that costs 0.02."""

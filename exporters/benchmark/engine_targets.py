@@ -6,13 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from compressor.device.kit_files import DeviceError, read_limited, sha256_of
-from compressor.engine_model import EngineModel, load_engine_model, sidecar_of
+from compressor.engine_model import MAX_SIDECAR_BYTES, EngineModel, load_engine_model, sidecar_of
 from compressor.errors import ArtefactMismatchError, RobustCompressError, WeightsError
 from compressor.weights import sha256_of_file
 from exporters.benchmark.onnx_target import onnx_target
 from exporters.benchmark.target import Answer, BenchTarget, Images, ImageShape
-
-_MAX_SIDECAR_BYTES = 1 << 20
 
 
 def engine_target(
@@ -88,7 +86,7 @@ def built_from(path: Path) -> tuple[str, str] | None:
     None: nobody says it.
     """
     try:
-        facts = json.loads(read_limited(sidecar_of(path), max_bytes=_MAX_SIDECAR_BYTES))
+        facts = json.loads(read_limited(sidecar_of(path), max_bytes=MAX_SIDECAR_BYTES))
         return Path(str(facts["onnx"]["file"])).name, str(facts["onnx"]["sha256"])
     except (DeviceError, KeyError, TypeError, ValueError, RecursionError):
         return None
@@ -97,7 +95,7 @@ def built_from(path: Path) -> tuple[str, str] | None:
 def _vouched_for(path: Path, trusted_sha256: Collection[str]) -> str | None:
     """The hash of the sidecar, if it is among those that are trusted."""
     try:
-        content = read_limited(sidecar_of(path), max_bytes=_MAX_SIDECAR_BYTES)
+        content = read_limited(sidecar_of(path), max_bytes=MAX_SIDECAR_BYTES)
     except DeviceError:
         return None
     return sha256_of(content) if sha256_of(content) in trusted_sha256 else None

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from compressor.errors import ArtefactMismatchError, UsageError
 from compressor.onnx_model import OnnxModel, load_onnx_model
+from compressor.verification.claimed_threat import THREAT_KEY
 from exporters.benchmark.target import Answer, BenchTarget, Images, ImageShape
 
 
@@ -34,6 +35,7 @@ def onnx_target(
         precision=_precision(model.content),
         sha256=model.sha256,
         source_sha256=model.metadata.get("robust_compress.source_sha256"),
+        threat=model.metadata.get(THREAT_KEY),
         num_bytes=model.num_bytes,
         image_shape=(channels, height, width),
         takes_bytes=model.takes_bytes,

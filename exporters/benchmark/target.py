@@ -33,6 +33,8 @@ class BenchTarget:
     sha256: str
     source_sha256: str | None
     """Of the weights that it was made from, where it says so."""
+    threat: str | None = None
+    """That it claims to withstand, as the text of a `ThreatModel`; None: it does not say."""
     is_stale: bool = False
     """It lies in a run whose network now is another than that which it was made from."""
     num_bytes: int

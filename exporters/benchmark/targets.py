@@ -21,6 +21,7 @@ from compressor.networks import (
 )
 from compressor.onnx_model import load_onnx_model
 from compressor.onnx_providers import Provider
+from compressor.recipe_file import load_recipe
 from compressor.run_directory import RunDirectory, read_facts
 from compressor.weights import count_classes, read_state_dict, sha256_of_file
 from exporters.benchmark.engine_targets import built_from, engine_of_run, engine_target
@@ -115,7 +116,10 @@ def _targets_of_kit(kit_folder: Path, wanted: _Wanted, *, folder: Path) -> list[
 
 def _targets_of_run(run: RunDirectory, wanted: _Wanted) -> list[BenchTarget]:
     network, spec = load_trained(run)
-    first = _network_target(network, spec, run.model, source=str(run.model))
+    first = replace(
+        _network_target(network, spec, run.model, source=str(run.model)),
+        threat=str(load_recipe(run.resolved_recipe).threat.build()),
+    )
     unproven = run.unverified_onnx("*").name
     exports = sorted(run.exports.glob("*.onnx"))
     files = [path for path in exports if not path.match(unproven)]
@@ -136,7 +140,7 @@ def _targets_of_run(run: RunDirectory, wanted: _Wanted) -> list[BenchTarget]:
 def _engines_of_run(
     run: RunDirectory, files: Sequence[BenchTarget], wanted: _Wanted, *, like: BenchTarget
 ) -> list[BenchTarget]:
-    """Those that were not built from a file that is stale, or is no longer there as it was."""
+    """All but those that were built from a file that is stale, or is another now."""
     made_from = {target.name: target for target in files}
     engines = []
     for path in sorted(run.exports.glob("*.engine")):

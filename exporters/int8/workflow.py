@@ -176,7 +176,7 @@ def make_fine_tuned(
         if len(node.inputs) > 1 and node.inputs[1] in makers
     }
     return Int8Result(
-        variant="int8-qat",
+        variant="int8-qat" if epoch else "int8",  # nothing was tuned, and its limits are narrower
         unrounded=Unrounded(weights=weights, largest=largest_magnitudes(ranges)),
         chosen_kind=best.kind,
         calibrations=tuple(tried),

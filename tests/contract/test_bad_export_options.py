@@ -38,6 +38,21 @@ ROWS = {
     "opset in words": (f"{DRY} --opset x", USAGE, "'--opset'"),
     "calibrated by none": (f"{DRY} --calibration-samples 0", USAGE, "'--calibration-samples'"),
     "calibrated by x": (f"{DRY} --calibration-samples x", USAGE, "'--calibration-samples'"),
+    "layers in float without int8": (
+        f"{DRY} --keep-float 2",
+        USAGE,
+        "--keep-float would have no effect without --int8",
+    ),
+    "calibration without int8": (
+        f"{DRY} --half --calibration-images clean",
+        USAGE,
+        "--calibration-images would have no effect without --int8",
+    ),
+    "layers in float and fine-tuned": (
+        f"{DRY} --qat 1 --keep-float 2",
+        USAGE,
+        "--keep-float would have no effect with --qat",
+    ),
     "fewer than no layers": (f"{DRY} --keep-float=-1", USAGE, "'--keep-float'"),
     "layers in words": (f"{DRY} --keep-float conv1", USAGE, "'--keep-float'"),
     "drop NaN": (f"{DRY} --max-robust-drop nan", USAGE, "'--max-robust-drop'"),

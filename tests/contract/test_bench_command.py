@@ -19,6 +19,7 @@ from compressor.networks import NetworkSpec, build_classifier, save_classifier
 from compressor.reports.benchmark import read_benchmark
 from compressor.reports.report import TargetFacts, write_report
 from compressor.weights import sha256_of_file
+from tests.unit.benchmark_models import RECIPE
 from tests.unit.pretended_providers import Pretended
 
 QUICK = "--threads 1 --rounds 2 --seconds 0.002"
@@ -65,7 +66,7 @@ def folder(tmp_path, monkeypatch, make_report):
     spec = NetworkSpec(architecture="tiny", width=0.5, num_classes=4, image_shape=(3, 8, 8))
     save_classifier(run / "model.safetensors", build_classifier(spec, seed=0), spec, {})
     sha256 = sha256_of_file(run / "model.safetensors")
-    Path("mine/recipe.resolved.json").write_text("{}")
+    Path("mine/recipe.resolved.json").write_text(json.dumps(RECIPE))
     facts = dict.fromkeys(FACTS.split(), 0) | {"model_sha256": sha256}
     Path("mine/run.json").write_text(json.dumps(facts))
     whole = save_onnx(run / "exports/model.fp32.onnx", source_sha256=sha256)

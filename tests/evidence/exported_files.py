@@ -32,7 +32,7 @@ from compressor.weights import sha256_of_file
 from exporters.benchmark.measurement import Plan
 from exporters.benchmark.report import run_benchmark
 from exporters.benchmark.targets import find_targets
-from exporters.workflow import exported_files
+from exporters.exported_model import PRECISION_OF
 
 GRADIENTS = ("apgd_ce", "apgd_t")
 CLEAN = "clean"
@@ -77,7 +77,7 @@ def main() -> None:
     options = parser.parse_args()
     run = RunDirectory.open(options.run)
     targets = {NETWORK: run.path} | {
-        path.name.removeprefix("model.").removesuffix(".onnx"): path for path in exported_files(run)
+        variant: run.onnx(variant) for variant in PRECISION_OF if run.onnx(variant).is_file()
     }
     rows = []
     for name, path in targets.items():

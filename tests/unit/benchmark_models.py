@@ -16,6 +16,14 @@ MS = 1_000_000
 PLAN = Plan(batch_sizes=(1,), thread_counts=(1,), num_rounds=2, seconds=0.02)
 
 
+RECIPE = {
+    "name": "mine",
+    "data": {"source": "digits", "validation_size": 100},
+    "student": {"architecture": "tiny"},
+    "method": {"name": "cross_entropy"},
+}
+
+
 class World:
     """A clock that only answers of targets move, and a record of these."""
 
@@ -97,7 +105,7 @@ def save_network(path):
 def save_run(folder):
     """A finished run with three exports, one of which failed its check."""
     sha256 = sha256_of_file(save_network(folder / "model.safetensors"))
-    (folder / "recipe.resolved.json").write_text("{}")
+    (folder / "recipe.resolved.json").write_text(json.dumps(RECIPE))
     facts = """class_names teachers training_content_sha256 num_training num_validation
         validation_index_sha256 image_shape selection_attack"""
     (folder / "run.json").write_text(

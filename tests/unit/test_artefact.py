@@ -93,8 +93,8 @@ def wrong_labels(num):
 @pytest.mark.parametrize(
     ("change", "is_used"),
     [
-        (lambda logits: logits * 1.05, True),
-        (lambda logits: logits * 1.15, False),
+        (lambda logits: logits * 1.03, True),
+        (lambda logits: logits * 1.07, False),
         (lambda logits: logits + 100, False),
         (lambda logits: logits.softmax(dim=1), False),
         (lambda logits: logits * torch.nan, False),

@@ -64,6 +64,35 @@ def test_of_several_reports_the_one_of_more_images_counts(world, beside, make_re
     assert given["A" * 64].worst_case.num_correct == 1
 
 
+def alarmed(make_report, **changes):
+    report = report_of(make_report, "A" * 64, **changes)
+    alarm = report.validity[0].model_copy(update={"status": "alarm"})
+    return report_of(make_report, "A" * 64, status="invalid", validity=(alarm,), **changes)
+
+
+def test_the_radius_that_is_claimed_comes_before_more_images(world, beside, make_report):
+    run, near, _ = beside
+    small = {"epsilon_pixels": 1 / 255, "num_standing": 38, "num_total": 40}
+    write_report(report_of(make_report, "A" * 64, **small), near / "report.json")
+    write_report(report_of(make_report, "A" * 64, 10, 30), run / "report.json")
+    for threat, expected in (("linf 8/255", 10), ("linf 1/255", 38), (None, 10)):
+        targets = [world.target("A", run, 1, threat=threat)]
+        assert find_accuracies(targets)["A" * 64].worst_case.num_correct == expected
+
+
+def test_an_alarm_is_not_hidden_by_a_better_report(world, beside, make_report):
+    """Of the same images, threat and protocol; one that was given is what was asked for."""
+    run, near, _ = beside
+    targets = [world.target("A", run, 1)]
+    write_report(report_of(make_report, "A" * 64, 9, 10), run / "report.json")
+    write_report(alarmed(make_report), near / "report.json")
+    assert find_accuracies(targets)["A" * 64].status == "invalid"
+    given = find_accuracies(targets, [run / "report.json"])
+    assert given["A" * 64].worst_case.num_correct == 9
+    write_report(alarmed(make_report, epsilon_pixels=1 / 255), near / "report.json")
+    assert find_accuracies(targets)["A" * 64].worst_case.num_correct == 9
+
+
 @pytest.mark.parametrize(
     ("changes", "status"),
     [

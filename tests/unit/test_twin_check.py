@@ -123,6 +123,17 @@ def test_a_few_images_that_differ_excuse_no_others():
     assert row_of(surer_of_the_first).status == "alarm"
 
 
+@pytest.mark.parametrize("shift", [0.0, 0.5, 2.0, 10.0])
+def test_a_difference_on_all_images_excuses_none(shift):
+    """A file that is surer of every answer than its twin chooses how much they differ."""
+
+    def deaf_and_surer(x_NCHW):
+        logits_NK = deaf(x_NCHW)
+        return logits_NK + shift * torch.nn.functional.one_hot(logits_NK.argmax(dim=1), 4)
+
+    assert row_of(deaf_and_surer).status == "alarm"
+
+
 def test_points_are_carried_on_beyond_the_border():
     """Where the first point that fools the twin would leave a file of coarse steps standing."""
     row = row_of(lambda x_NCHW: (linear(x_NCHW) / 2).round() * 2)

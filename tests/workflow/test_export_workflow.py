@@ -5,14 +5,16 @@ import shlex
 import shutil
 import sys
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 import cli.main
 import exporters.workflow
-from compressor.errors import ArtefactMismatchError, RunError
+from compressor.errors import ArtefactMismatchError, DataError, RunError
 from compressor.onnx_graph import read_graph
 from compressor.onnx_model import load_onnx_model
 from compressor.performance_settings import PerformanceSettings
@@ -23,7 +25,7 @@ from compressor.weights import sha256_of_file
 from exporters.budget import Budget
 from exporters.request import ExportRequest, Int8Request
 from exporters.to_onnx import OnnxForm
-from exporters.workflow import export_run, exported_files
+from exporters.workflow import export_run
 
 pytestmark = pytest.mark.workflow
 
@@ -94,7 +96,7 @@ def made(run):
 
 def test_every_precision_is_verified_and_in_its_place(run, made):
     assert [exported.variant for exported in made] == ["fp32", "fp16", "int8"]
-    assert exported_files(run) == [exported.path for exported in made]
+    assert all(exported.path == run.onnx(exported.variant) for exported in made)
     assert contents(run).keys() == {
         f"model.{variant}.onnx{extension}"
         for variant in ("fp32", "fp16", "int8")
@@ -235,7 +237,7 @@ def test_too_lossy_ends_with_exit_code_3_and_changes_nothing(with_outlier, capsy
     run = with_outlier("bn2", "conv3", factor=50)
     export_run(request_for(run, "fp16"))
     before = contents(run)
-    assert call(f"export {run.path} --int8 {QUICK}") == 3
+    assert call(f"export {run.path} {QUICK_INT8}") == 3
     captured = capsys.readouterr()
     words = " ".join(captured.err.split())
     assert words.startswith("Error: the hop fp32 -> int8 costs too much, so int8 is not worth it")
@@ -280,6 +282,26 @@ def test_what_is_put_in_place_is_what_was_verified(copy, fast, monkeypatch):
     assert not list(copy.exports.glob("unverified*"))
 
 
+def image_folder(path, *, num_classes, num=40, seed=0):
+    """Noise, in as many classes."""
+    generator = np.random.default_rng(seed)
+    for part in ("train", "test"):
+        for label in range(num_classes):
+            (path / part / str(label)).mkdir(parents=True)
+            for place in range(num):
+                pixels = generator.integers(0, 256, (8, 8), dtype=np.uint8)
+                Image.fromarray(pixels).save(path / part / str(label) / f"{place}.png")
+    return f"imagefolder:{path}"
+
+
+@pytest.mark.parametrize("num_classes", [6, 10, 12])
+def test_other_images_than_those_of_the_run_are_refused(copy, tmp_path, num_classes):
+    """They might be images that it was trained on, or mean other classes."""
+    source = image_folder(tmp_path / "images", num_classes=num_classes)
+    with pytest.raises(DataError, match="the training images are others than those of"):
+        export_run(request_for(copy, "fp32", data_source=source))
+
+
 def test_one_process_exports_at_a_time(copy):
     before = contents(copy) if copy.exports.exists() else {}
     with copy.locked(), pytest.raises(RunError, match="another process is training or exporting"):
@@ -299,7 +321,7 @@ def test_the_budget_is_part_of_the_record(copy, fast):
 
 def test_a_file_that_cannot_be_attacked_is_written_as_unverified(copy, monkeypatch, fast):
     nothing = Twin(module=None, agreement=None, reason="planted")
-    monkeypatch.setattr("exporters.request.checked_twin", lambda *_: nothing)
+    monkeypatch.setattr("exporters.request.checked_twin", lambda *_, **__: nothing)
     _, (_, exported) = export_run(request_for(copy, "fp16"))
     assert exported.verification.status == "unverified"
     record = json.loads(copy.onnx_verification("fp16").read_text())
@@ -343,12 +365,13 @@ def call(line):
     return 0
 
 
-QUICK = "--samples 100 --calibration-samples 64 --calibration-images clean --threads 1"
+QUICK = "--samples 100 --threads 1"
+QUICK_INT8 = f"--int8 {QUICK} --calibration-samples 64 --calibration-images clean"
 
 
 def test_the_command_says_what_was_written_and_what_to_do_next(copy, capsys, fast):
     generous = "--max-clean-drop 0.1 --max-robust-drop 0.1"
-    assert call(f"export {copy.path} --half --int8 {QUICK} {generous}") == 0
+    assert call(f"export {copy.path} --half {QUICK_INT8} {generous}") == 0
     out = capsys.readouterr().out
     for words in ("model.fp32.onnx", "model.fp16.onnx", "model.int8.onnx", "verified"):
         assert words in out
