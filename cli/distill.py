@@ -36,10 +36,12 @@ def distill(
         typer.Option(help="digits, imagefolder:PATH, cifar10:ROOT, cifar100:ROOT, ..."),
     ] = None,
     clean_teacher: Annotated[
-        str | None, typer.Option(metavar="SPEC", help="ARCH:FILE, FILE.onnx or a run folder.")
+        list[str] | None,
+        typer.Option(metavar="SPEC", help="ARCH:FILE, FILE.onnx or a run folder; repeatable."),
     ] = None,
     robust_teacher: Annotated[
-        str | None, typer.Option(metavar="SPEC", help="ARCH:FILE, FILE.onnx or a run folder.")
+        list[str] | None,
+        typer.Option(metavar="SPEC", help="ARCH:FILE, FILE.onnx or a run folder; repeatable."),
     ] = None,
     student: Annotated[
         str | None, typer.Option(metavar="ARCH", help="For example mobilenet_v2 or resnet18.")
@@ -60,7 +62,7 @@ def distill(
     do_export: Annotated[bool, typer.Option("--export/--no-export")] = True,
     as_json: JsonOption = False,
 ) -> None:
-    """Distil a student from a clean and a robust teacher, then verify and export it.
+    """Distil a student from clean and robust teachers, then verify and export it.
 
     For example with a recipe, without one, and after an interruption:
 
@@ -86,7 +88,10 @@ def distill(
         num_workers=workers,
     )
     named = NamedOptions(
-        data=data, clean_teacher=clean_teacher, robust_teacher=robust_teacher, student=student
+        data=data,
+        clean_teachers=tuple(clean_teacher or ()),
+        robust_teachers=tuple(robust_teacher or ()),
+        student=student,
     )
     recipe, out = recipe_from_options(
         recipe_path, named, overrides=overrides or [], out=out, resume=resume

@@ -8,6 +8,7 @@ from typing import Annotated, cast
 import typer
 
 from cli.bench import bench
+from cli.compare import compare
 from cli.distill import distill
 from cli.doctor import doctor
 from cli.export import export
@@ -16,6 +17,7 @@ from cli.installation import refuse_overwritten_installation
 from cli.output import print_bug, print_error
 from cli.recipe import check
 from cli.teacher import train_teacher
+from cli.teacher_rank import rank_teachers
 from cli.verify import verify
 from compressor.errors import ExitCode, RobustCompressError, RunError, UsageError
 
@@ -26,7 +28,7 @@ app = typer.Typer(
     help="Distil a compact student that keeps clean and robust accuracy, prove it, ship it.",
     epilog="Start with `robust-compress doctor`, then `robust-compress distill --help`.",
 )
-teacher_app = typer.Typer(no_args_is_help=True, help="Train teachers on your own data.")
+teacher_app = typer.Typer(no_args_is_help=True, help="Train teachers, and choose among them.")
 recipe_app = typer.Typer(no_args_is_help=True, help="Look at recipes.")
 
 app.command()(distill)
@@ -34,10 +36,12 @@ app.command()(verify)
 app.command()(gate)
 app.command()(export)
 app.command()(bench)
+app.command()(compare)
 app.command()(doctor)
 app.add_typer(teacher_app, name="teacher")
 app.add_typer(recipe_app, name="recipe")
 teacher_app.command("train")(train_teacher)
+teacher_app.command("rank")(rank_teachers)
 recipe_app.command("check")(check)
 
 

@@ -23,8 +23,8 @@ class NamedOptions:
     """What a recipe needs most often from the command line."""
 
     data: str | None = None
-    clean_teacher: str | None = None
-    robust_teacher: str | None = None
+    clean_teachers: tuple[str, ...] = ()
+    robust_teachers: tuple[str, ...] = ()
     student: str | None = None
     method: str | None = None
     """Taken where the recipe names none."""
@@ -34,8 +34,8 @@ class NamedOptions:
         """The names of those that were given."""
         values = {
             "--data": self.data,
-            "--clean-teacher": self.clean_teacher,
-            "--robust-teacher": self.robust_teacher,
+            "--clean-teacher": self.clean_teachers or None,
+            "--robust-teacher": self.robust_teachers or None,
             "--student": self.student,
         }
         return [name for name, value in values.items() if value is not None]
@@ -91,25 +91,29 @@ def _put_named(table: dict[str, Any], named: NamedOptions) -> None:
         _subtable(table, "student")["architecture"] = named.student
     if named.method is not None:
         _subtable(table, "method").setdefault("name", named.method)
-    for role, source in (("clean", named.clean_teacher), ("robust", named.robust_teacher)):
-        if source is not None:
-            _put_teacher(table, role, source)
+    _put_teachers(table, "clean", named.clean_teachers)
+    _put_teachers(table, "robust", named.robust_teachers)
 
 
-def _put_teacher(table: dict[str, Any], role: str, source: str) -> None:
-    """Change the source of the teacher of that role, or add one."""
+def _put_teachers(table: dict[str, Any], role: str, sources: Sequence[str]) -> None:
+    """Change the sources of the teachers of that role, in order, and add those that are missing."""
+    if not sources:
+        return
     teachers = table.setdefault("teachers", [])
     if not isinstance(teachers, list):
         raise RecipeError(f"teachers in the recipe is {teachers!r}, not a list of [[teachers]]")
     same = [t for t in teachers if isinstance(t, dict) and t.get("role") == role]
-    if len(same) > 1:
+    if len(same) > len(sources):
         raise UsageError(
-            f"the recipe has {len(same)} {role} teachers; use --set teachers.0.source=SPEC"
+            f"the recipe has {len(same)} {role} teachers and --{role}-teacher names "
+            f"{len(sources)}; give the option {len(same)} times, or use "
+            "--set teachers.0.source=SPEC for one of them"
         )
-    if same:
-        same[0]["source"] = source
-    else:
-        teachers.append({"role": role, "source": source})
+    for place, source in enumerate(sources):
+        if place < len(same):
+            same[place]["source"] = source
+        else:
+            teachers.append({"role": role, "source": source})
 
 
 def _subtable(table: dict[str, Any], name: str) -> dict[str, Any]:

@@ -137,7 +137,7 @@ def load_checkpoint(
         step=table["step"],
         epoch=table["epoch"],
         batch_in_epoch=table["batch_in_epoch"],
-        method_state=restore_method_state(table["method_state"]),
+        method_state=_restored(restore_method_state, table, path),
         best=best,
     )
 
@@ -154,14 +154,45 @@ def selected_candidate(run: RunDirectory) -> Best:
     return Best(**table["best"])
 
 
-def last_method_state(run: RunDirectory) -> Mapping[str, object]:
-    """`dataclasses.asdict` of what the method carried when the run last saved.
+def last_method_state(
+    run: RunDirectory,
+    restore: Callable[[Mapping[str, object]], object],
+    of_method: Mapping[str, Tensor],
+) -> object:
+    """What the method carried when the run last saved.
+
+    Args:
+        run: with a checkpoint.
+        restore: from plain values to a state.
+        of_method: what the method changes besides the student, which gets its values of then.
 
     Raises:
         CheckpointError: if there is no checkpoint, or it is damaged.
     """
-    method_state: Mapping[str, object] = _read_state(_choose(run, None))["method_state"]
-    return method_state
+    path = _choose(run, None)
+    table = _read_state(path)
+    _check_hashes(path, table["sha256"])
+    if of_method:
+        _copy_into(of_method, load_file(path / "method.safetensors"))
+    return _restored(restore, table, path)
+
+
+def _restored(
+    restore: Callable[[Mapping[str, object]], object], table: Mapping[str, Any], path: Path
+) -> object:
+    try:
+        return restore(table["method_state"])
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise CheckpointError(
+            f"{path} was written by another version, whose state of the method is not known here; "
+            "go on with the version that wrote it, or train again"
+        ) from None
+
+
+@torch.no_grad()
+def _copy_into(targets: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    for name, target in targets.items():
+        target.copy_(values[name])
 
 
 def load_candidate(run: RunDirectory, best: Best) -> dict[str, Tensor]:
@@ -240,11 +271,8 @@ def _restore_tensors(path: Path, tensors: TrainedTensors) -> None:
         if name in momentum:
             buffer = torch.empty_like(parameter).copy_(momentum[name])
             tensors.optimizer.state[parameter]["momentum_buffer"] = buffer
-    with torch.no_grad():
-        for name, target in (tensors.average or {}).items():
-            target.copy_(average[name])
-        for name, target in tensors.of_method.items():
-            target.copy_(method[name])
+    _copy_into(tensors.average or {}, average)
+    _copy_into(tensors.of_method, method)
 
 
 def _momentum(tensors: TrainedTensors) -> dict[str, Tensor]:

@@ -3,16 +3,19 @@
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from compressor.logged_names import series_of_teachers
 from compressor.metrics import read_metrics
 from compressor.run_directory import RunDirectory, write_bytes_atomically
 
 _CLEAN, _ROBUST, _TOTAL = "#0072b2", "#d55e00", "#555555"  # safe for colour-blind readers
+_COLOURS = MappingProxyType({"clean": _CLEAN, "robust": _ROBUST})
 
 
 def write_curves(run: RunDirectory, *, title: str) -> Path:
@@ -26,8 +29,8 @@ def write_curves(run: RunDirectory, *, title: str) -> Path:
     panels = figure.subplots(2, 2)
     _draw_losses(panels[0][0], steps)
     _draw_validation(panels[0][1], validations)
-    _draw_pair(panels[1][0], steps, quantity="temperature_ratio", label="teacher temperature")
-    _draw_pair(panels[1][1], steps, quantity="weight_fraction", label="loss weight")
+    _draw_teachers(panels[1][0], steps, quantity="temperature_ratio", label="teacher temperature")
+    _draw_teachers(panels[1][1], steps, quantity="weight_fraction", label="loss weight")
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=110, metadata={"Software": None})
     write_bytes_atomically(run.curves, picture.getvalue())
@@ -35,12 +38,15 @@ def write_curves(run: RunDirectory, *, title: str) -> Path:
 
 
 def _draw_losses(axes: Axes, steps: Sequence[dict[str, Any]]) -> None:
-    names = {"loss_nats": _TOTAL, "clean_loss_nats": _CLEAN, "robust_loss_nats": _ROBUST}
-    for name, colour in names.items():
+    lines = [("loss_nats", "loss", _TOTAL, "-")]
+    for series in series_of_teachers({name for line in steps for name in line}, "loss_nats"):
+        colour = _COLOURS[series.role]
+        lines.append((series.name, f"{series.label} loss", colour, series.line_style))
+    for name, label, colour, style in lines:
         points = [(line["step"], line[name]) for line in steps if name in line]
         if points:
             x, y = zip(*_thinned(points), strict=True)
-            axes.plot(x, y, color=colour, linewidth=1, label=name.removesuffix("_nats"))
+            axes.plot(x, y, style, color=colour, linewidth=1, label=label)
     axes.set(xlabel="step", ylabel="loss (nats, mean over a window)")
     _finish(axes)
 
@@ -62,13 +68,14 @@ def _draw_validation(axes: Axes, validations: Sequence[dict[str, Any]]) -> None:
     _finish(axes)
 
 
-def _draw_pair(axes: Axes, steps: Sequence[dict[str, Any]], *, quantity: str, label: str) -> None:
-    for role, colour in (("clean", _CLEAN), ("robust", _ROBUST)):
-        name = f"{role}_{quantity}"
-        points = [(line["step"], line[name]) for line in steps if name in line]
-        if points:
-            x, y = zip(*points, strict=True)
-            axes.plot(x, y, color=colour, linewidth=1.2, label=role)
+def _draw_teachers(
+    axes: Axes, steps: Sequence[dict[str, Any]], *, quantity: str, label: str
+) -> None:
+    for series in series_of_teachers({name for line in steps for name in line}, quantity):
+        points = [(line["step"], line[series.name]) for line in steps if series.name in line]
+        x, y = zip(*points, strict=True)
+        colour = _COLOURS[series.role]
+        axes.plot(x, y, series.line_style, color=colour, linewidth=1.2, label=series.label)
     axes.set(xlabel="step", ylabel=label)
     _finish(axes)
 

@@ -84,6 +84,19 @@ def temper(teacher_logits_NK: Tensor, temperature: float) -> Tensor:
     return F.softmax(teacher_logits_NK.detach() / temperature, dim=1)
 
 
+def softened_kl(
+    teacher_logits_NK: Tensor, student_logits_NK: Tensor, *, temperature: float
+) -> Tensor:
+    """T^2 KL(softmax(teacher / T) || softmax(student / T)), shape [N]; the teacher is constant.
+
+    Both sides are tempered, and T squared keeps the size of the gradients.
+    Source: Hinton, Vinyals and Dean, "Distilling the knowledge in a neural network", NIPS
+    workshop 2014.
+    """
+    p_NK = temper(teacher_logits_NK, temperature)
+    return temperature**2 * kl_to_probabilities(student_logits_NK / temperature, p_NK)
+
+
 def guarded_negative_entropy(p_NK: Tensor) -> Tensor:
     """Sum of p log(p + guard), shape [N]: minus the entropy, and slightly above 0 for one-hot p.
 

@@ -3,81 +3,41 @@
 Defaults are what the paper states; where its script differs by a slip, the field says so.
 """
 
-from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from compressor.closed_table import (
-    ClosedTable,
-    Count,
+    FractionText,
     NonNegative,
-    Pixels,
     Positive,
     UnitFraction,
 )
+from compressor.method_table import ONE, SOME, InnerAttackRecipe, MethodTable, TeacherNeed
 
-NONE, ONE, SOME = range(1), range(1, 2), range(1, 65)
-"""Numbers of teachers."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TeacherNeed:
-    """How many teachers a method takes."""
-
-    clean: range = NONE
-    robust: range = NONE
-    together: range = range(129)
-
-    def problems(self, *, num_clean: int, num_robust: int) -> list[str]:
-        """What is wrong with numbers of teachers, and what to do."""
-        counts = (
-            (" clean", num_clean, self.clean),
-            (" robust", num_robust, self.robust),
-            ("", num_clean + num_robust, self.together),
-        )
-        found = []
-        for role, count, need in counts:
-            if count not in need:
-                number = f"{need[0]}" if len(need) == 1 else f"{need[0]} to {need[-1]}"
-                advice = _FEWER if count > need[-1] else _MORE.format(role=role.strip() or "robust")
-                found.append(f"takes {number}{role} teacher, the recipe has {count}; {advice}")
-        return found
+PositiveShare = Annotated[FractionText, Field(gt=0, le=1)]
 
 
-_MORE = "give --{role}-teacher ARCH:FILE or a [[teachers]] table"
-_FEWER = "remove the [[teachers]] tables and options that are too many"
-
-
-class MethodTable(ClosedTable):
-    """What all methods can say about themselves."""
-
-    teachers: ClassVar[TeacherNeed] = TeacherNeed()
-
-    def problems(self) -> list[str]:
-        """Values that contradict each other, in words that begin with the key."""
+def _temperature_problems(lowest: float, highest: float) -> list[str]:
+    if lowest <= highest:
         return []
-
-
-class InnerAttackRecipe(ClosedTable):
-    """Projected gradient descent inside training."""
-
-    num_steps: Count = 10
-    step_size_pixels: Pixels | None = None
-    """None: a quarter of epsilon, as 2/255 is of 8/255."""
-    start: Literal["gaussian", "uniform", "zero"] = "gaussian"
-    """`gaussian` has standard deviation 0.001; `uniform` fills the ball."""
+    return [f"method.min_temperature {lowest} is above method.max_temperature {highest}"]
 
 
 class BMTARDRecipe(MethodTable):
-    """Balanced multi-teacher adversarial distillation; defaults are the authors' settings."""
+    """Balanced multi-teacher adversarial distillation; defaults are the authors' settings.
 
-    teachers: ClassVar[TeacherNeed] = TeacherNeed(clean=ONE, robust=ONE)
+    The ablation of the paper: `temperature_rate = 0` is without entropy-based balance, all teachers
+    stay at `min_temperature`; `weight_rate = 0` is without normalization loss balance, each role
+    keeps half of the weight. Both at 0 are the baseline, neither at 0 is the method.
+    """
+
+    teachers: ClassVar[TeacherNeed] = TeacherNeed(clean=SOME, robust=SOME)
     name: Literal["bmtard"] = "bmtard"
     loss_scale: Positive = 0.1
     """Factor on the batch-mean KL; 0.1 is the authors' element mean at ten classes."""
     temperature_rate: NonNegative | Literal["scaled"] = "scaled"
-    """Step of both temperatures. `scaled`: 0.001 x 117,300 / steps of this run, at most 0.05,
+    """Step of all temperatures. `scaled`: 0.001 x 117,300 / steps of this run, at most 0.05,
     so that the climb takes the same share of a short run as of the authors' 300 epochs."""
     min_temperature: Positive = 1.0
     max_temperature: Positive = 10.0
@@ -86,12 +46,7 @@ class BMTARDRecipe(MethodTable):
 
     def problems(self) -> list[str]:
         """The bounds of the temperatures."""
-        if self.min_temperature <= self.max_temperature:
-            return []
-        return [
-            f"method.min_temperature {self.min_temperature} is above method.max_temperature "
-            f"{self.max_temperature}"
-        ]
+        return _temperature_problems(self.min_temperature, self.max_temperature)
 
 
 class CrossEntropyRecipe(MethodTable):
@@ -115,6 +70,214 @@ class TRADESRecipe(MethodTable):
     attack: InnerAttackRecipe = InnerAttackRecipe()
 
 
+class DARHTAttackRecipe(InnerAttackRecipe):
+    """The inner attack of DARHT; as it is given, it raises the cross-entropy of the logits."""
+
+    may_fall_short: bool = False
+    """Let an attack through whose steps together do not reach epsilon. Released: 10 steps of
+    0.003 at epsilon 0.031, so that at most 16 % of the pixels reach the border."""
+
+    def problems(self, *, epsilon_pixels: float) -> list[str]:
+        """As of any attack, where it is not meant to fall short."""
+        return [] if self.may_fall_short else super().problems(epsilon_pixels=epsilon_pixels)
+
+
+class DARHTRecipe(MethodTable):
+    """Distillation from heterogeneous teachers through a student-teacher map.
+
+    Where the released script and sense disagree, the default is sense, and the field says what
+    is released. `examples/recipes/cifar100-darht.toml` lists all released values in one place.
+    """
+
+    teachers: ClassVar[TeacherNeed] = TeacherNeed(clean=range(65), robust=range(65), together=SOME)
+    has_teacher_map: ClassVar[bool] = True
+    name: Literal["darht"] = "darht"
+    adversarial_share: UnitFraction = 0.5
+    """Probability that a batch is attacked; else it is clean, and never both."""
+    distil_from: UnitFraction = 50 / 350
+    """Before this fraction of the run the student learns from labels alone."""
+    labels_until: UnitFraction = 118 / 350
+    """From this fraction of the run on it learns from teachers alone."""
+    last_layer: Literal["labels", "frozen", "decaying"] = "labels"
+    """Who moves the layer from map to logits once the teachers are alone, whose loss does not see
+    it. `labels`: the cross-entropy, whose gradient ends there, so that the logits stay a reading
+    of a map that goes on changing. `frozen`: no one, as the released script with PyTorch 2 and
+    later. `decaying`: weight decay and momentum, as the script with earlier ones."""
+    normalise_trust: bool = True
+    """Weights of the teachers sum to one in every batch. Released: false; the script computes
+    the normalised ones and does not use them, so that the strength of distillation falls with the
+    quality of the teachers on the batch."""
+    skip_above_nats: Positive | None = None
+    """Take no step where the cross-entropy of a batch is above this. Released: 8.0."""
+    teacher_mode: Literal["eval", "dropout", "train"] = "eval"
+    """How teachers answer. `dropout`: their dropout draws, all else as in `eval` (Monte Carlo
+    dropout of one sample). `train`: besides, BatchNorm takes the statistics of the batch and
+    collects them; released, where nobody calls `eval`. Both need networks, not ONNX files."""
+    attack: DARHTAttackRecipe = DARHTAttackRecipe()
+
+    def problems(self) -> list[str]:
+        """Phases that leave a part of the run, or the last layer, without a loss."""
+        if self.distil_from > self.labels_until:
+            return [
+                f"method.distil_from {self.distil_from:.4g} is after method.labels_until "
+                f"{self.labels_until:.4g}: nothing would be learnt between them; make "
+                "labels_until the later one"
+            ]
+        if self.labels_until == 0 and self.last_layer != "labels":
+            return [
+                f"method.labels_until 0 and method.last_layer {self.last_layer!r} never train the "
+                'last layer; raise labels_until, or set last_layer = "labels"'
+            ]
+        return []
+
+
+class DistillationRecipe(MethodTable):
+    """Knowledge distillation on clean images from one teacher of either role (Hinton et al.)."""
+
+    teachers: ClassVar[TeacherNeed] = TeacherNeed(clean=range(2), robust=range(2), together=ONE)
+    name: Literal["distillation"] = "distillation"
+    temperature: Positive = 4.0
+    """Of both sides; the divergence is multiplied by its square."""
+    teacher_weight: PositiveShare = 0.9
+    """The labels have the rest."""
+    loss_scale: Positive = 1.0
+    """Factor on the batch-mean KL."""
+
+
+class ARDRecipe(MethodTable):
+    """Adversarially robust distillation (Goldblum et al. 2020)."""
+
+    teachers: ClassVar[TeacherNeed] = TeacherNeed(robust=ONE)
+    name: Literal["ard"] = "ard"
+    temperature: Positive = 30.0
+    """Of both sides; the divergence is multiplied by its square. Later papers compare with 1."""
+    teacher_weight: PositiveShare = 1.0
+    """The labels of clean images have the rest."""
+    loss_scale: Positive = 0.1
+    """Factor on the batch-mean KL; 0.1 is the authors' element mean at ten classes."""
+    attack: InnerAttackRecipe = InnerAttackRecipe(start="uniform")
+
+
+TeacherTrust = Literal["weighted", "full"]
+SelfTarget = Literal["live", "detached"]
+
+
+class IADRecipe(MethodTable):
+    """Introspective adversarial distillation, IAD-I (Zhu et al. 2022)."""
+
+    teachers: ClassVar[TeacherNeed] = TeacherNeed(robust=ONE)
+    name: Literal["iad"] = "iad"
+    temperature: Positive = 1.0
+    """Of teacher and student, not of the introspection."""
+    teacher_weight: PositiveShare = 1.0
+    """Of teacher and introspection; the labels of clean images have the rest."""
+    loss_scale: Positive = 1.0
+    """Factor on the batch-mean KL; the authors' script takes the batch mean."""
+    begin_fraction: UnitFraction = 60 / 200
+    """Share of the run that is ARD."""
+    trust_exponent: NonNegative = 0.1
+    """Trust is the teacher's probability of the label on the adversarial image, to this power."""
+    teacher_trust: TeacherTrust = "weighted"
+    """`weighted`: trust is a factor on the teacher's term, as in the paper. `full`: only its
+    complement is one, on the introspection; released in IAD-I."""
+    self_target: SelfTarget = "live"
+    """Whether introspection also moves the clean answers; released: `live`."""
+    attack: InnerAttackRecipe = InnerAttackRecipe(start="uniform")
+
+
+class RSLADRecipe(MethodTable):
+    """Robust soft label adversarial distillation (Zi et al. 2021)."""
+
+    teachers: ClassVar[TeacherNeed] = TeacherNeed(robust=ONE)
+    name: Literal["rslad"] = "rslad"
+    robust_weight: PositiveShare = 5 / 6
+    """Of adversarial images; clean ones have the rest."""
+    loss_scale: Positive = 0.1
+    """Factor on the batch-mean KL; 0.1 is the authors' element mean at ten classes."""
+    attack: InnerAttackRecipe = InnerAttackRecipe()
+
+
+class AdaADRecipe(MethodTable):
+    """Adaptive adversarial distillation (Huang et al. 2023)."""
+
+    teachers: ClassVar[TeacherNeed] = TeacherNeed(robust=ONE)
+    needs_teacher_networks: ClassVar[bool] = True
+    name: Literal["adaad"] = "adaad"
+    robust_weight: PositiveShare = 1.0
+    """Of adversarial images; clean ones have the rest."""
+    loss_scale: Positive = 0.1
+    """Factor on the batch-mean KL; 0.1 is the authors' element mean at ten classes. They take the
+    batch mean, 1, on CIFAR-100."""
+    attack: InnerAttackRecipe = InnerAttackRecipe()
+
+
+class MTARDRecipe(MethodTable):
+    """B-MTARD before its temperatures (Zhao et al. 2022); defaults are the authors' settings."""
+
+    teachers: ClassVar[TeacherNeed] = TeacherNeed(clean=SOME, robust=SOME)
+    name: Literal["mtard"] = "mtard"
+    loss_scale: Positive = 0.1
+    """Factor on the batch-mean KL; 0.1 is the authors' element mean at ten classes, and their ten
+    times that at a hundred."""
+    weight_rate: UnitFraction = 0.025
+    relative_loss_exponent: NonNegative = 1.0
+    """Above 1 the loss that fell less gets still more weight; at 0 the weights stay equal."""
+    attack: InnerAttackRecipe = InnerAttackRecipe()
+
+
+class CIARDRecipe(MethodTable):
+    """Two teachers, one of them retrained on the way (CIARD 2025).
+
+    Where the released script slips, the default is sense, and the field says what is released.
+    """
+
+    teachers: ClassVar[TeacherNeed] = TeacherNeed(clean=ONE, robust=ONE)
+    name: Literal["ciard"] = "ciard"
+    loss_scale: Positive = 0.1
+    """Factor on the batch-mean KL; 0.1 is the authors' element mean at ten classes."""
+    temperature_rate: NonNegative | Literal["scaled"] = "scaled"
+    """As of `bmtard`."""
+    min_temperature: Positive = 1.0
+    max_temperature: Positive = 10.0
+    temperature_until_fraction: UnitFraction = 1.0
+    """From this fraction of the run on the temperatures stay. Released: 215/300, since the script
+    lowers their rate tenfold in every step from there on."""
+    weight_rate: UnitFraction = 0.0
+    """Rate of normalization loss balance. Released: 0; the script computes the weights, at 0.025,
+    and adds the losses 1:1."""
+    push_factor: NonNegative = 1.0
+    """On the push away from the mistakes of the clean teacher; 0 is without it."""
+    push_matches_decade: bool = True
+    """Multiply the push by the power of ten that brings it to the size of the other losses."""
+    push_temperature: Positive = 5.0
+    """Of the student in the push."""
+    teacher_learning_rate: NonNegative = 1e-4
+    """Of the copy of the robust teacher, at first; then a cosine to zero. 0 keeps the teacher."""
+    teacher_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    teacher_from_fraction: UnitFraction = 50 / 300
+    """The copy learns from here on."""
+    teacher_statistics: Literal["kept", "batch"] = "kept"
+    """BatchNorm of the copy: `kept` as the teacher came. `batch`: released, in train mode from
+    the first step, so that its statistics drift even while it does not learn."""
+    attack: InnerAttackRecipe = InnerAttackRecipe()
+
+    def problems(self) -> list[str]:
+        """The bounds of the temperatures."""
+        return _temperature_problems(self.min_temperature, self.max_temperature)
+
+
 MethodRecipe = Annotated[
-    BMTARDRecipe | CrossEntropyRecipe | PGDATRecipe | TRADESRecipe, Field(discriminator="name")
+    AdaADRecipe
+    | ARDRecipe
+    | BMTARDRecipe
+    | CIARDRecipe
+    | CrossEntropyRecipe
+    | DARHTRecipe
+    | DistillationRecipe
+    | IADRecipe
+    | MTARDRecipe
+    | PGDATRecipe
+    | RSLADRecipe
+    | TRADESRecipe,
+    Field(discriminator="name"),
 ]

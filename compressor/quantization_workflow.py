@@ -22,8 +22,9 @@ from compressor.checkpoint import (
     load_checkpoint,
 )
 from compressor.data import TrainingData, load_training_data
+from compressor.data_identity import refuse_other_data
 from compressor.environment import describe_environment, settings_dict
-from compressor.errors import DataError, TeacherError
+from compressor.errors import RecipeError, TeacherError
 from compressor.interruption import StopWish
 from compressor.methods.build import build_method
 from compressor.methods.protocol import Method
@@ -48,7 +49,11 @@ tenth cost a ResNet-18 on CIFAR-10 3 points of clean accuracy in one epoch."""
 
 @dataclass(frozen=True, kw_only=True)
 class FineTuningRequest:
-    """What `fine_tune` needs."""
+    """What `fine_tune` needs.
+
+    Raises:
+        RecipeError: on construction, if the method of the run cannot train an exported file.
+    """
 
     run: RunDirectory
     """The run whose student was quantised."""
@@ -56,6 +61,15 @@ class FineTuningRequest:
     settings: PerformanceSettings
     data_source: str | None = None
     resume_command: str
+
+    def __post_init__(self) -> None:
+        method = load_recipe(self.run.resolved_recipe).method
+        if method.has_teacher_map:
+            raise RecipeError(
+                f"{self.run.path} was trained with method.name = {method.name!r}, whose losses "
+                "need the student-teacher map; an exported file has it merged into its last layer "
+                "and cannot be fine-tuned. Leave out --qat, or distil with another method"
+            )
 
 
 def fine_tune(
@@ -145,11 +159,7 @@ def _training_data(request: FineTuningRequest, recipe: Recipe) -> TrainingData:
         settings=request.settings,
         device=resolve_performance(request.settings).device,
     )
-    if data.train.content_sha256 != read_facts(request.run)["training_content_sha256"]:
-        raise DataError(
-            f"the training images are others than those of {request.run.path} (content hash "
-            f"{data.train.content_sha256[:12]}); give the data of the run with --data"
-        )
+    refuse_other_data(data, request.run)
     return data
 
 
@@ -228,5 +238,5 @@ def _state(training: Training, source: RunDirectory) -> TrainState:
         )
     method_state = method.initial_state()
     if source.checkpoint_steps():
-        method_state = method.restore_state(last_method_state(source))
+        method_state = last_method_state(source, method.restore_state, training.tensors.of_method)
     return TrainState(step=0, epoch=0, batch_in_epoch=0, method_state=method_state)

@@ -35,6 +35,7 @@ class Stream(IntEnum):
     ATTACK_RADIUS = 8
     VERIFICATION_ORDER = 9
     REPRESENTATIVES = 10
+    NEXT_BATCH = 11
 
 
 def sample_keys(index_N: Tensor, *, seed: int, epoch: int = 0) -> Tensor:

@@ -24,7 +24,8 @@ from compressor.closed_table import (
     TupleOf,
     UnitFraction,
 )
-from compressor.method_recipes import InnerAttackRecipe, MethodRecipe
+from compressor.method_recipes import MethodRecipe
+from compressor.method_table import InnerAttackRecipe
 from compressor.threat import ThreatModel
 
 Role = Literal["clean", "robust"]
@@ -91,6 +92,9 @@ class MilestonesRecipe(ClosedTable):
     kind: Literal["milestones"] = "milestones"
     milestones: TupleOf[UnitFraction] = (215 / 300, 260 / 300, 285 / 300)
     decay: Annotated[float, Field(gt=0, le=1)] = 0.1
+    idle_fraction: UnitFraction = 0.0
+    """The rates are zero before this fraction of the run. The script of DARHT: 3/350, by a warm-up
+    that is never stepped; BatchNorm and momentum alone move then."""
 
 
 class OneCycleRecipe(ClosedTable):
@@ -191,6 +195,8 @@ def portable_dict(recipe: Recipe) -> dict[str, Any]:
     table = resolved_dict(recipe)
     if recipe.data.training_size is None:  # so that recipes from before keep their identity
         del table["data"]["training_size"]
+    if table["training"]["schedule"].get("idle_fraction") == 0:
+        del table["training"]["schedule"]["idle_fraction"]
     table["data"]["source"] = recipe.data.source.partition(":")[0]
     for teacher in table["teachers"]:
         teacher["source"] = _kind_of_teacher(teacher["source"])
@@ -223,16 +229,7 @@ def _attack_problems(recipe: Recipe) -> list[str]:
     attack = getattr(recipe.method, "attack", None)
     if not isinstance(attack, InnerAttackRecipe):
         return []
-    epsilon = recipe.threat.epsilon_pixels
-    step_size_pixels = attack.step_size_pixels or epsilon / 4
-    reach = attack.num_steps * step_size_pixels
-    if reach >= epsilon:
-        return []
-    return [
-        f"method.attack: {attack.num_steps} steps of {step_size_pixels:.4g} reach only "
-        f"{reach:.4g} of epsilon {epsilon:.4g}; the student would train against a weaker "
-        "attacker than the threat says. Raise num_steps or step_size_pixels"
-    ]
+    return attack.problems(epsilon_pixels=recipe.threat.epsilon_pixels)
 
 
 def _training_problems(recipe: Recipe) -> list[str]:

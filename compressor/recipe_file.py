@@ -8,12 +8,13 @@ import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
 from compressor.errors import RecipeError, UsageError
-from compressor.method_recipes import BMTARDRecipe, InnerAttackRecipe, TRADESRecipe
+from compressor.method_recipes import DARHTAttackRecipe, MethodRecipe
+from compressor.method_table import InnerAttackRecipe
 from compressor.recipe import (
     DataRecipe,
     MilestonesRecipe,
@@ -176,6 +177,7 @@ def _suggestion(place: Sequence[str]) -> str:
 
 def _all_keys() -> list[str]:
     tables: list[type[BaseModel]] = [Recipe, ThreatRecipe, DataRecipe, StudentRecipe]
-    tables += [TeacherRecipe, InnerAttackRecipe, BMTARDRecipe, TRADESRecipe, MilestonesRecipe]
+    tables += [TeacherRecipe, InnerAttackRecipe, DARHTAttackRecipe, MilestonesRecipe]
     tables += [OneCycleRecipe, TrainingRecipe, SelectionRecipe]
+    tables += get_args(get_args(MethodRecipe)[0])
     return sorted({key for table in tables for key in table.model_fields})

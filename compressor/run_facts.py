@@ -7,7 +7,7 @@ from typing import Any
 from compressor.attacks.build import selection_attack
 from compressor.data import TrainingData
 from compressor.errors import CheckpointError
-from compressor.method_recipes import BMTARDRecipe
+from compressor.method_recipes import BMTARDRecipe, CIARDRecipe
 from compressor.methods.build import resolve_temperature_rate
 from compressor.performance_settings import PerformanceSettings
 from compressor.recipe import Recipe
@@ -34,7 +34,7 @@ def run_facts(recipe: Recipe, data: TrainingData, checks: Sequence[TeacherCheck]
         "selection_attack": f"PGD, {attack.num_steps} steps of {attack.step_size_pixels:.4g}",
         "teachers": [_teacher_facts(check) for check in checks],
     }
-    if isinstance(recipe.method, BMTARDRecipe):
+    if isinstance(recipe.method, BMTARDRecipe | CIARDRecipe):
         rate = resolve_temperature_rate(recipe.method, num_steps=num_steps)
         facts["temperature_rate_per_step"] = rate
     return facts

@@ -43,6 +43,8 @@ def rate_factor(schedule: ScheduleRecipe, progress: Progress) -> float:
 
 def _milestones(schedule: MilestonesRecipe, progress: Progress) -> float:
     """At 215/300 of 300 epochs, the first epoch with the lower rate is number 216, from 1."""
+    if progress.epoch < round(schedule.idle_fraction * progress.num_epochs):
+        return 0.0
     passed = [round(m * progress.num_epochs) <= progress.epoch for m in schedule.milestones]
     return float(schedule.decay ** sum(passed))
 

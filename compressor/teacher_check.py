@@ -29,14 +29,18 @@ class TeacherCheck:
 
 
 def check_teacher(teacher: Teacher, batches: Iterable[Batch], *, attack: Attack) -> TeacherCheck:
-    """Clean accuracy, and accuracy under a short attack where there is a gradient."""
+    """Clean accuracy, and accuracy under a short attack where there is a gradient.
+
+    Raises:
+        TeacherError: if an answer is not finite, which nobody can accept: the loss would not be.
+    """
     num_clean, num_robust, num_total = 0, 0, 0
     for batch in batches:
         num_total += len(batch.y_N)
-        num_clean += _num_correct(teacher, batch.x_NCHW, batch.y_N)
+        num_clean += _num_correct(teacher, batch.x_NCHW, batch.y_N, kind="clean")
         if teacher.network is not None:
             x_adv = attack(teacher.answer, batch.x_NCHW, batch.y_N, keys_N=batch.keys_N)
-            num_robust += _num_correct(teacher, x_adv, batch.y_N)
+            num_robust += _num_correct(teacher, x_adv, batch.y_N, kind="adversarial")
     clean = Proportion(num_correct=num_clean, num_total=num_total)
     robust = Proportion(num_correct=num_robust, num_total=num_total)
     found = robust if teacher.network is not None else None
@@ -67,5 +71,26 @@ def _problem(teacher: Teacher, clean: Proportion, robust: Proportion | None) -> 
     return None
 
 
-def _num_correct(teacher: Teacher, x_NCHW: Tensor, y_N: Tensor) -> int:
-    return int((teacher.logits(x_NCHW).argmax(dim=1) == y_N).sum())
+def refuse_not_finite(teacher: Teacher, logits_NK: Tensor, *, kind: str) -> None:
+    """Stop at the first answer that is no number.
+
+    Args:
+        teacher: who answered.
+        logits_NK: what.
+        kind: of the images, such as `clean`.
+
+    Raises:
+        TeacherError: if any logit is not finite.
+    """
+    num_bad = int((~logits_NK.isfinite().all(dim=1)).sum())
+    if num_bad:
+        raise TeacherError(
+            f"the teacher {teacher.name} answers {num_bad} of {len(logits_NK)} {kind} images with "
+            "numbers that are not finite; check the file, mean and std, or take another teacher"
+        )
+
+
+def _num_correct(teacher: Teacher, x_NCHW: Tensor, y_N: Tensor, *, kind: str) -> int:
+    logits_NK = teacher.logits(x_NCHW)
+    refuse_not_finite(teacher, logits_NK, kind=kind)
+    return int((logits_NK.argmax(dim=1) == y_N).sum())

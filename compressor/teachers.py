@@ -66,6 +66,13 @@ class Teacher:
     num_classes: int
     sha256: str
     num_bytes: int
+    onnx_input: NetworkSpec | None = None
+    """What is done to the images before an ONNX file; of the preprocessing alone."""
+
+    @property
+    def identity(self) -> str:
+        """The same for two teachers exactly if one is a copy of the other in the same role."""
+        return f"{self.role} {self.sha256} {self.spec or self.onnx_input}"
 
     def __post_init__(self) -> None:
         if self.network is not None:
@@ -77,15 +84,45 @@ class Teacher:
         `no_grad` and not `inference_mode`: what the latter makes cannot be saved for a
         backward pass without a copy, and with the copy it is no faster.
         """
+        self._assert_as_given()
+        with torch.no_grad():
+            return self.answer(x_NCHW).to(x_NCHW.dtype)
+
+    def logits_with_gradient(self, x_NCHW: Tensor) -> Tensor:
+        """As `logits`, with a graph to the images; the frozen weights get no gradient.
+
+        Raises:
+            TeacherError: if the teacher gives none, as an ONNX file.
+        """
+        self.require_network("asked for the gradient of its answers")
+        self._assert_as_given()
+        return self.answer(x_NCHW).to(x_NCHW.dtype)
+
+    def require_network(self, purpose: str) -> Classifier:
+        """The network itself, for what answers are not enough for.
+
+        Args:
+            purpose: of the message; it follows the teacher's name and a colon.
+
+        Raises:
+            TeacherError: if there is none: an ONNX file, which answers without a gradient.
+        """
+        if self.network is None:
+            raise TeacherError(
+                f"{self.role} teacher {self.name}: {purpose}, but an ONNX file gives no gradient; "
+                "give its weights as ARCH:FILE or the folder of its run, or choose a method that "
+                "only asks its teachers, such as rslad or bmtard"
+            )
+        return self.network
+
+    def _assert_as_given(self) -> None:
+        """Asks the top of the network: every layer takes 0.4 ms for a ResNet-18, in every step."""
         network = self.network
         if network is not None:
-            # Asking every layer takes 0.4 ms for a ResNet-18, in every step.
             is_still = not (network.training or network.backbone.training)
             is_frozen = not next(network.parameters()).requires_grad
             assert is_still, f"teacher {self.name} is in training mode"  # noqa: S101
             assert is_frozen, f"teacher {self.name} is not frozen"  # noqa: S101
-        with torch.no_grad():
-            return self.answer(x_NCHW).to(x_NCHW.dtype)
 
 
 class _Source(NamedTuple):
@@ -223,6 +260,7 @@ def _load_onnx(recipe: TeacherRecipe, path: Path, target: _Target) -> Teacher:
         num_classes=model.num_classes,
         sha256=model.sha256,
         num_bytes=model.num_bytes,
+        onnx_input=spec,
     )
 
 

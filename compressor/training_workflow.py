@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from compressor.architectures.build import find_architecture
+from compressor.architectures.teacher_map import add_teacher_map, merge_teacher_map
 from compressor.attacks.pgd import PGD
 from compressor.checkpoint import TrainState, load_candidate, load_checkpoint
 from compressor.curves import write_curves
@@ -18,7 +19,7 @@ from compressor.image_sources import open_source
 from compressor.interruption import StopWish
 from compressor.methods.build import build_method
 from compressor.metrics import Event, MetricsFile, Observer, TensorBoardFiles
-from compressor.networks import NetworkSpec, build_classifier, save_classifier
+from compressor.networks import Classifier, NetworkSpec, build_classifier, save_classifier
 from compressor.performance import Performance, resolve_performance
 from compressor.performance_settings import PerformanceSettings
 from compressor.recipe import Recipe, resolved_dict
@@ -84,19 +85,19 @@ def train(
     _refuse_single_image_batches(recipe, data)
     _refuse_other_test_images(recipe, data, download=request.download)
     teachers = load_teachers(recipe, data, performance=performance)
-    checks = _check_teachers(teachers, recipe, data)
-    for check in checks:
-        on_teacher(check)
-        if not request.accept_teachers:
-            refuse_unfit(check)
-    spec = network_spec(recipe, data)
-    student = Student(build_classifier(spec, seed=recipe.seed), performance)
     method = build_method(
         recipe.method,
         threat=recipe.threat.build(),
         teachers=teachers,
         num_steps=num_steps_of(recipe, num_images=data.train.num_images),
     )
+    checks = _check_teachers(teachers, recipe, data)
+    for check in checks:
+        on_teacher(check)
+        if not request.accept_teachers:
+            refuse_unfit(check)
+    spec = network_spec(recipe, data)
+    student = Student(student_network(recipe, spec), performance)
     facts = run_facts(recipe, data, checks)
     run.make()
     with run.locked():
@@ -135,6 +136,23 @@ def network_spec(recipe: Recipe, data: TrainingData) -> NetworkSpec:
         mean=recipe.student.mean,
         std=recipe.student.std,
     )
+
+
+def student_network(recipe: Recipe, spec: NetworkSpec) -> Classifier:
+    """The network as it trains: with the layers that the method adds until training ends.
+
+    Raises:
+        RecipeError: if the method needs a network that ends in another way.
+    """
+    network = build_classifier(spec, seed=recipe.seed)
+    if recipe.method.has_teacher_map:
+        add_teacher_map(
+            network,
+            num_classes=spec.num_classes,
+            num_teachers=len(recipe.teachers),
+            seed=recipe.seed,
+        )
+    return network
 
 
 def load_teachers(
@@ -192,8 +210,9 @@ def _fit_and_finish(training: Training, spec: NetworkSpec, *, resume: bool) -> N
     write_curves(run, title=recipe.name)
     if state.best is None:
         raise AssertionError("the last epoch is always validated")
-    network = build_classifier(spec, seed=recipe.seed)
+    network = student_network(recipe, spec)
     network.load_state_dict(load_candidate(run, state.best))
+    merge_teacher_map(network)
     metadata = {"recipe_id": recipe.recipe_id, "class_names": training.data.train.class_names}
     save_classifier(run.model, network, spec, metadata)
     facts = read_facts(run) | {"model_sha256": sha256_of_file(run.model)}

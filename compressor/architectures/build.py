@@ -15,7 +15,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from compressor.architectures import mobilenet_v2, resnet, tiny, wide_resnet
+from compressor.architectures import mobilenet_v2, resnet, tiny, vision_transformer, wide_resnet
 from compressor.architectures.parts import scale_channels
 from compressor.errors import RecipeError, WeightsError
 
@@ -84,6 +84,10 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "tiny": Architecture(
             build=tiny.build_tiny,
             width_tensors={f"conv{i}.weight": base for i, base in enumerate(tiny.CHANNELS, 1)},
+        ),
+        "vit_6_192": Architecture(
+            build=vision_transformer.build_vit_6_192,
+            width_tensors={"patches.weight": vision_transformer.TOKEN_FEATURES},
         ),
         "wide_resnet_22_6": Architecture(
             build=wide_resnet.build_wide_resnet_22_6, width_tensors=_swish_width_tensors(6)
@@ -208,7 +212,8 @@ def _build_torchvision(
         except (RuntimeError, AssertionError, ValueError) as error:
             raise RecipeError(
                 f"torchvision:{name} cannot take images of {_times(image_shape)} ({error}); set "
-                "data.image_size to the size it is made for (mostly 224), or use another network"
+                "data.image_size, or resize_to of a teacher, to its size (mostly 224), or use "
+                "another network"
             ) from error
     network: nn.Module = torchvision.models.get_model(name, weights=None, num_classes=num_classes)
     return network

@@ -6,7 +6,7 @@ from types import MappingProxyType
 from compressor.attacks.margin import MarginPGD
 from compressor.attacks.pgd import PGD
 from compressor.attacks.protocol import Attack, Objective
-from compressor.method_recipes import InnerAttackRecipe
+from compressor.method_table import InnerAttackRecipe
 from compressor.threat import ThreatModel
 
 _PAPER_EPSILON_PIXELS = 8 / 255

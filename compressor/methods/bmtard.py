@@ -1,46 +1,63 @@
 """B-MTARD: balanced multi-teacher adversarial robustness distillation."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from compressor.attacks.protocol import Attack
-from compressor.balancers import (
-    LossWeightState,
-    TemperatureState,
-    balance_loss_weights,
-    balance_temperatures,
-)
+from compressor.balancers import LossWeightState, balance_loss_weights, balance_temperatures
 from compressor.data import Batch
-from compressor.losses import guarded_kl, guarded_negative_entropy, temper
 from compressor.methods.protocol import Moment, StepResult, WithoutTensors, read_back
+from compressor.methods.teacher_set import WEIGHT, TeacherSet, weighted_total
+from compressor.recipe import Role
 from compressor.student import Student
-from compressor.teachers import Teacher
 
 
 @dataclass(frozen=True, kw_only=True)
 class BMTARDState:
-    """What one step leaves to the next."""
+    """What one step leaves to the next, in the order of the teachers' set."""
 
-    temperatures: TemperatureState = field(default_factory=TemperatureState)
-    weights: LossWeightState = field(default_factory=LossWeightState)
+    temperatures: tuple[float, ...]
+    weights: LossWeightState
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "BMTARDState":
+        """The inverse of `dataclasses.asdict`, also after a trip through JSON."""
+        return cls(
+            temperatures=tuple(values["temperatures"]),
+            weights=LossWeightState.from_dict(values["weights"]),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class BMTARD(WithoutTensors):
-    """One clean and one robust teacher, their entropies and their losses kept in balance.
+    """Clean and robust teachers, their entropies and their losses kept in balance.
+
+    Minimises sum of w_i L_i, with L_i = s x mean of KL(softmax(teacher_i / T_i) || student) on the
+    adversarial images for robust teachers and on the clean ones for clean teachers. Entropy-based
+    balance moves each T_i by steps of fixed size; normalization loss balance makes w_i an
+    exponential moving average of the parts of the relative losses r_i = L_i / (L_i of batch 1).
 
     Source: Zhao et al., "Mitigating accuracy-robustness trade-off via balanced multi-teacher
     adversarial distillation", TPAMI 46(12), 2024, as in the authors' released script.
-    Deviations: the balancers' state is part of the checkpoint (there it is lost), the best
-    epoch is chosen on held-out training images (there on the test set), and in runs of
-    fewer than 117,300 steps the step of the temperatures grows, so that the climb takes the same
-    share.
-    The released element mean over N x K is `loss_scale` x the batch mean, 0.1 at ten classes.
+    The authors': one clean and one robust teacher. With these, every number here is theirs.
+    Ours: any number of teachers, at least one of each role. Each temperature steps against the
+    teacher whose entropy is farthest from its own, so that all entropies come together. The goal of
+    w_i is c_i r_i / sum of c_j r_j, where c_i is 1 / (number of distinct teachers in its role): the
+    roles are balanced by the means of their relative losses and do not gain weight by numbers.
+    Neither the order of teachers nor a copy of one changes anything: it is asked once, and its
+    weight is shared. See `compressor.balancers` and `TeacherSet`.
+
+    Deviation: the balancers' state is part of the checkpoint (there it is lost).
+    Deviation: the best epoch is chosen on held-out training images (there on the test set).
+    Deviation: in runs of fewer than 117,300 steps the step of the temperatures grows, so that the
+    climb takes the same share.
+    The released element mean over N x K is s = 0.1 at ten classes.
     """
 
-    clean_teacher: Teacher
-    robust_teacher: Teacher
+    teachers: TeacherSet
     attack: Attack
     loss_scale: float
     temperature_rate: float
@@ -48,16 +65,16 @@ class BMTARD(WithoutTensors):
     weight_rate: float
 
     def initial_state(self) -> BMTARDState:
-        """Temperatures 1, weights a half each, no reference losses yet."""
+        """The lowest temperatures, a half of the weight for each role, no reference losses yet."""
         lowest, _ = self.temperature_bounds
-        return BMTARDState(temperatures=TemperatureState(robust=lowest, clean=lowest))
+        return BMTARDState(
+            temperatures=tuple(lowest for _ in self.teachers.members),
+            weights=LossWeightState(weights=self.teachers.equal_weights),
+        )
 
     def restore_state(self, values: Mapping[str, Any]) -> BMTARDState:
         """From `dataclasses.asdict` of a state."""
-        return BMTARDState(
-            temperatures=TemperatureState(**values["temperatures"]),
-            weights=LossWeightState(**values["weights"]),
-        )
+        return BMTARDState.from_dict(values)
 
     def step(
         self, student: Student, batch: Batch, state: BMTARDState, moment: Moment
@@ -67,44 +84,41 @@ class BMTARD(WithoutTensors):
         x_adv = self.attack(student.evaluation_view(), x, y, keys_N=batch.keys_N)
 
         # Two passes, the adversarial one first: the order decides the BatchNorm statistics.
-        student_adv_logits_NK = student.logits(x_adv)
-        student_clean_logits_NK = student.logits(x)
-        robust_p_NK = temper(self.robust_teacher.logits(x_adv), state.temperatures.robust)
-        clean_p_NK = temper(self.clean_teacher.logits(x), state.temperatures.clean)
-
-        robust_loss = self.loss_scale * guarded_kl(robust_p_NK, student_adv_logits_NK).mean()
-        clean_loss = self.loss_scale * guarded_kl(clean_p_NK, student_clean_logits_NK).mean()
-        robust_value, clean_value, robust_negentropy, clean_negentropy = read_back(
-            robust_loss,
-            clean_loss,
-            guarded_negative_entropy(robust_p_NK).mean(),
-            guarded_negative_entropy(clean_p_NK).mean(),
+        student_logits: dict[Role, Tensor] = {
+            "robust": student.logits(x_adv),
+            "clean": student.logits(x),
+        }
+        terms = self.teachers.terms(
+            {"robust": x_adv, "clean": x},
+            student_logits,
+            temperatures=state.temperatures,
+            loss_scale=self.loss_scale,
         )
+        values = read_back(*terms.losses, *terms.negative_entropies)
+        losses, negative_entropies = values[: len(values) // 2], values[len(values) // 2 :]
 
         temperatures = balance_temperatures(  # these are for the next batch
             state.temperatures,
-            robust_negative_entropy=robust_negentropy,
-            clean_negative_entropy=clean_negentropy,
+            negative_entropies,
             rate=self.temperature_rate * moment.rate_factor,
             bounds=self.temperature_bounds,
         )
-        weights = balance_loss_weights(  # these are for this one
+        weighing = balance_loss_weights(  # these are for this one
             state.weights,
-            robust_loss=robust_value,
-            clean_loss=clean_value,
+            losses,
+            shares=self.teachers.shares,
             rate=self.weight_rate * moment.rate_factor,
         )
+        products = [weight * loss for weight, loss in zip(weighing.weights, losses, strict=True)]
         logged = {
-            "loss_nats": weights.robust * robust_value + weights.clean * clean_value,
-            "robust_loss_nats": robust_value,
-            "clean_loss_nats": clean_value,
-            "robust_weight_fraction": weights.robust,
-            "clean_weight_fraction": weights.clean,
-            "robust_temperature_ratio": state.temperatures.robust,
-            "clean_temperature_ratio": state.temperatures.clean,
-            "robust_teacher_entropy_nats": -robust_negentropy,
-            "clean_teacher_entropy_nats": -clean_negentropy,
+            "loss_nats": sum(products),
+            **self.teachers.logged("loss_nats", losses),
+            **self.teachers.logged(WEIGHT, weighing.weights),
+            **self.teachers.logged("temperature_ratio", state.temperatures),
+            **self.teachers.logged(
+                "teacher_entropy_nats", [-value for value in negative_entropies]
+            ),
         }
-        total = weights.robust * robust_loss + weights.clean * clean_loss
-        next_state = BMTARDState(temperatures=temperatures, weights=weights)
+        total = weighted_total(weighing.weights, terms.losses)
+        next_state = BMTARDState(temperatures=temperatures, weights=weighing)
         return StepResult(loss=total, logged=logged), next_state

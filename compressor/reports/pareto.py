@@ -32,7 +32,7 @@ def pareto_picture(benchmark: Benchmark) -> Picture | None:
     low = 100 * min(count.low_95 for _, _, count in points)
     high = 100 * max(count.high_95 for _, _, count in points)
     gap = (high - low) * _LABEL_INCHES / (height_inches - _FRAME_INCHES)
-    places = _spread_out([100 * c.fraction for _, _, c in points], gap=gap, highest=high)
+    places = spread_out([100 * c.fraction for _, _, c in points], gap=gap, highest=high)
     with canvas("pareto", height_inches=height_inches) as drawing:
         axes = drawing.figure.subplots()
         for (name, size_mb, count), is_best, place in zip(points, best, places, strict=True):
@@ -71,7 +71,7 @@ def standalone_svg(picture: Picture) -> str:
     return shown.replace(">", f"><title>{html.escape(picture.alt)}</title>", 1)
 
 
-def _spread_out(wanted: Sequence[float], *, gap: float, highest: float) -> list[float]:
+def spread_out(wanted: Sequence[float], *, gap: float, highest: float) -> list[float]:
     """Places at least `gap` apart, in the order of `wanted`, that end at `highest`."""
     found, floor = [0.0] * len(wanted), min(wanted)
     for place in sorted(range(len(wanted)), key=lambda place: wanted[place]):

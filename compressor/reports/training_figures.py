@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from compressor.logged_names import series_of_teachers
 from compressor.reports.svg import ACCENT, INK, MUTED, Picture, canvas
 
 _MAX_WINDOWS = 200
@@ -32,17 +33,19 @@ def training_figures(lines: Lines) -> tuple[Picture, ...]:
 
 
 def _quantity(steps: Lines, quantity: str) -> Picture | None:
-    """One line for each role, and one for the sum where there is one."""
-    names = {f"{role}_{quantity}": colour for role, colour in _COLOURS.items()} | {quantity: MUTED}
-    found = {name: points for name in names if (points := _points(steps, name))}
+    """One line for each teacher, and one for the sum where there is one."""
+    all_series = series_of_teachers({name for line in steps for name in line}, quantity)
+    forms = {s.name: (s.label, _COLOURS[s.role], s.line_style) for s in all_series}
+    forms |= {quantity: ("total", MUTED, "-")}
+    found = {name: points for name in forms if (points := _points(steps, name))}
     if not found:
         return None
     with canvas(f"training-{quantity}", height_inches=2.8) as drawing:
         axes = drawing.figure.subplots()
         for name, points in found.items():
             x, y = zip(*_thinned(points), strict=True)
-            role = name.removesuffix(quantity).rstrip("_") or "total"
-            axes.plot(x, y, color=names[name], linewidth=1.3, label=role)
+            label, colour, style = forms[name]
+            axes.plot(x, y, style, color=colour, linewidth=1.3, label=label)
         axes.set(xlabel="step", ylabel=_QUANTITIES[quantity])
         drawing.figure.legend(loc="outside upper left", ncols=3)
     said = "; ".join(

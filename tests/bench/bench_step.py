@@ -25,9 +25,10 @@ from compressor.data import Batch
 from compressor.environment import describe_environment
 from compressor.folding import EvaluationView
 from compressor.losses import cross_entropy
-from compressor.method_recipes import InnerAttackRecipe
+from compressor.method_table import InnerAttackRecipe
 from compressor.methods.bmtard import BMTARD
 from compressor.methods.protocol import Moment
+from compressor.methods.teacher_set import TeacherSet
 from compressor.networks import NetworkSpec, build_classifier
 from compressor.performance import Performance, resolve_performance
 from compressor.performance_settings import PerformanceSettings
@@ -88,8 +89,9 @@ def our_step(x: Tensor, y: Tensor, performance: Performance) -> Callable[[], Non
     student = Student(build_classifier(SPEC, seed=0), performance)
     threat = ThreatModel(epsilon_pixels=EPSILON_PIXELS)
     method = BMTARD(
-        clean_teacher=_teacher("clean", 1, performance),
-        robust_teacher=_teacher("robust", 2, performance),
+        teachers=TeacherSet.of(
+            [_teacher("clean", 1, performance), _teacher("robust", 2, performance)]
+        ),
         attack=build_inner_attack(InnerAttackRecipe(), threat=threat, objective=cross_entropy),
         loss_scale=0.1,
         temperature_rate=0.001,

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 from compressor.attacks.build import build_inner_attack, evaluation_attacks, selection_attack
 from compressor.folding import EvaluationView
 from compressor.losses import cross_entropy
-from compressor.method_recipes import InnerAttackRecipe
+from compressor.method_table import InnerAttackRecipe
 from compressor.performance import Performance
 from compressor.threat import ThreatModel
 

@@ -322,7 +322,7 @@ RECIPES = {
         edited("[threat]", '[threat]\nnorm = "l2"'), CHECK, "threat.norm", "'linf'", "(got 'l2')"
     ),
     "unknown method": row(
-        edited('"bmtard"', '"bmtrad"'), CHECK, "method: 'bmtrad' is not one of 'bmtard'"
+        edited('"bmtard"', '"bmtrad"'), CHECK, "method: 'bmtrad' is not one of", "'bmtard'"
     ),
     "method without a name": row(
         edited('name = "bmtard"', ""), CHECK, "method: needs the key 'name'"
@@ -337,7 +337,17 @@ RECIPES = {
         edited('role = "clean"', 'role = "robust"'), CHECK, "1 clean teacher, the recipe has 0"
     ),
     "too many teachers": row(
-        added(TEACHERS), CHECK, "takes 1 clean teacher, the recipe has 2", "remove"
+        written(RECIPE.replace('"bmtard"', '"ciard"') + TEACHERS),
+        CHECK,
+        "takes 1 clean teacher, the recipe has 2",
+        "remove",
+    ),
+    "fewer teacher options than teachers": row(
+        added(TEACHERS),
+        f"{DISTILL} --clean-teacher x.onnx",
+        "the recipe has 2 clean teachers and --clean-teacher names 1",
+        "give the option 2 times",
+        code=USAGE,
     ),
     "teachers without a use": row(
         edited('"bmtard"', '"pgd_at"'), CHECK, "'pgd_at' takes 0 clean teacher", "remove"
@@ -1159,7 +1169,7 @@ def test_bad_input_run_of_another_process(materials, folder, capsys):
         fcntl.flock(handle, fcntl.LOCK_EX)
         assert call(RESUME) == KNOWN_ERROR
     message = words(capsys.readouterr().err)
-    assert "another process is training in run" in message
+    assert "another process is training or exporting in run" in message
     assert "wait for it or stop it" in message
     assert tree(folder) == before
 

@@ -73,9 +73,14 @@ OPTIONS = {
         --bundle --signing-key --data --dry-run --threads --json --help""",
     "bench": """TARGETS --batch-sizes --threads --rounds --seconds --report --image-shape --provider
         --manifest-sha256 --out --json --help""",
+    "compare": """FILE --methods --seeds --reference --samples --cascade-samples --clean-samples
+        --data --set --out --retry --dry-run --device --dtype --threads --memory-mib --workers
+        --download --accept-teachers --json --help""",
     "doctor": "--json --help",
     "teacher": "--help",
     "teacher train": f"RECIPE_PATH --role --data {TRAINING}",
+    "teacher rank": """TEACHERS --data --samples --choose --transfer-weight --epsilon --norm --steps
+        --out --device --threads --download --json --help""",
     "recipe": "--help",
     "recipe check": "RECIPE_PATH --set --json --help",
 }
@@ -233,9 +238,17 @@ LIVE = ("--live", "--samples", "20", *ONE_THREAD)
 JSON_RESULTS = {
     "recipe check": (("recipe", "check", "recipe.toml"), {"recipe_id", "recipe"}),
     "doctor": (("doctor",), {"python", "packages", "devices", "tensorrt", "overwritten_files"}),
+    "compare": (
+        ("compare", "plain.toml", "--methods", "cross_entropy", "--dry-run", *ONE_THREAD),
+        {"name", "reference", "methods", "runs", "test_images", "estimated_seconds"},
+    ),
     "teacher train": (
         ("teacher", "train", "plain.toml", "--out", "taught", *ONE_THREAD),
         {"run", "model"},
+    ),
+    "teacher rank": (
+        ("teacher", "rank", "run", "--data", "digits", "--samples", "20", *ONE_THREAD),
+        {"schema_version", "teachers", "transfer", "chosen", "notes", "files"},
     ),
     "distill": (
         ("distill", "recipe.toml", "--out", "distilled", "--no-verify", *ONE_THREAD),

@@ -5,7 +5,14 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from compressor.losses import cross_entropy, guarded_kl, kl_to_probabilities, margin, temper
+from compressor.losses import (
+    cross_entropy,
+    guarded_kl,
+    kl_to_probabilities,
+    margin,
+    softened_kl,
+    temper,
+)
 
 LABELS = torch.tensor([0, 2, 3, 1, 1])
 
@@ -21,6 +28,7 @@ LOSSES = {
     "margin": lambda z: margin(z, LABELS),
     "kl_to_probabilities": lambda z: kl_to_probabilities(z, P),
     "guarded_kl": lambda z: guarded_kl(P, z),
+    "softened_kl": lambda z: softened_kl(logits(1), z, temperature=3.0),
 }
 DIVERGENCES = ["kl_to_probabilities", "guarded_kl"]
 
@@ -96,6 +104,16 @@ def test_no_gradient_into_the_teacher():
     guarded_kl(p, student).sum().backward()
     assert teacher.grad is None
     assert student.grad is not None
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5, 30.0])
+def test_softened_kl_tempers_both_sides_and_keeps_the_size_of_the_gradient(temperature):
+    student, teacher = logits(9).requires_grad_(), logits(8).requires_grad_()
+    softened_kl(teacher, student, temperature=temperature).sum().backward()
+    gap = F.softmax(student / temperature, dim=1) - F.softmax(teacher / temperature, dim=1)
+    assert_close(student.grad, temperature * gap.detach())
+    assert teacher.grad is None
+    assert_close(softened_kl(teacher, teacher, temperature=temperature), torch.zeros(5).double())
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from compressor import training_workflow
 from compressor.errors import (
     CheckpointError,
     InterruptedRunError,
@@ -23,15 +24,52 @@ from compressor.recipe_file import load_recipe, parse_recipe
 from compressor.run_directory import RunDirectory
 from compressor.training_workflow import TrainingRequest, train
 
+ATTACK = {"num_steps": 2, "step_size_pixels": "8/255"}
 METHODS = {
+    "adaad": {"name": "adaad", "attack": ATTACK, "robust_weight": 0.75},
+    "ard": {"name": "ard", "attack": ATTACK, "teacher_weight": 0.75},
     "bmtard": {"name": "bmtard", "attack": {"num_steps": 2, "step_size_pixels": "8/255"}},
+    "ciard": {"name": "ciard", "attack": ATTACK, "temperature_until_fraction": 0.5},
+    "ciard_released": {"name": "ciard", "attack": ATTACK, "teacher_statistics": "batch"},
     "cross_entropy": {"name": "cross_entropy"},
+    "darht": {"name": "darht", "attack": ATTACK},
+    "darht_released": {
+        "name": "darht",
+        "attack": ATTACK,
+        "last_layer": "decaying",
+        "normalise_trust": False,
+        "skip_above_nats": 2.5,
+        "teacher_mode": "train",
+    },
+    "distillation": {"name": "distillation"},
+    "iad": {"name": "iad", "attack": ATTACK, "begin_fraction": 0.5},
+    "mtard": {"name": "mtard", "attack": ATTACK, "relative_loss_exponent": 2.0},
     "pgd_at": {"name": "pgd_at", "attack": {"num_steps": 2, "step_size_pixels": "8/255"}},
+    "rslad": {"name": "rslad", "attack": ATTACK},
     "trades": {"name": "trades", "attack": {"num_steps": 2, "step_size_pixels": "8/255"}},
+}
+ROLES = {
+    "adaad": ["robust"],
+    "ard": ["robust"],
+    "bmtard": ["clean", "robust"],
+    "ciard": ["clean", "robust"],
+    "ciard_released": ["clean", "robust"],
+    "darht": ["robust", "clean", "robust"],
+    "darht_released": ["robust", "robust"],
+    "distillation": ["clean"],
+    "iad": ["robust"],
+    "mtard": ["clean", "robust"],
+    "rslad": ["robust"],
 }
 SETTINGS = PerformanceSettings(
     device="cpu", training_dtype="float32", num_threads=1, log_every_steps=1
 )
+
+
+@pytest.fixture(autouse=True)
+def no_picture(monkeypatch):
+    """Drawing takes two thirds of a run as short as these."""
+    monkeypatch.setattr(training_workflow, "write_curves", lambda *_, **__: None)
 
 
 @pytest.fixture(scope="session")
@@ -45,12 +83,12 @@ def teacher_file(tmp_path_factory):
 @pytest.fixture
 def make_recipe(teacher_file):
     def make(method, **training):
-        teachers = [{"role": role, "source": str(teacher_file)} for role in ("clean", "robust")]
+        roles = ROLES.get(method, [])
         table = {
             "name": "contract",
             "data": {"source": "digits", "validation_size": 100, "crop_padding_pixels": 1},
             "student": {"architecture": "tiny"},
-            "teachers": teachers if method == "bmtard" else [],
+            "teachers": [{"role": role, "source": str(teacher_file)} for role in roles],
             "method": METHODS[method],
             "training": {"epochs": 2, "batch_size": 400, "learning_rate": 0.05, **training},
             "selection": {"num_steps": 1},
@@ -123,14 +161,12 @@ def test_non_finite_loss_stops_before_the_step(method, make_recipe, tmp_path):
 
 def test_state_survives_json(make_recipe, tmp_path):
     """What a checkpoint stores of a method brings back an equal state."""
-    from compressor.balancers import LossWeightState, TemperatureState
+    from compressor.balancers import LossWeightState
     from compressor.methods.bmtard import BMTARD, BMTARDState
 
     state = BMTARDState(
-        temperatures=TemperatureState(robust=1.1, clean=0.1 + 0.2),
-        weights=LossWeightState(
-            robust=1 / 3, clean=2 / 3, first_robust_loss=0.7, first_clean_loss=None
-        ),
+        temperatures=(1.1, 0.1 + 0.2),
+        weights=LossWeightState(weights=(1 / 3, 2 / 3), first_losses=(0.7, 1e-17)),
     )
     stored = json.loads(json.dumps(dataclasses.asdict(state)))
     assert BMTARD.restore_state(None, stored) == state

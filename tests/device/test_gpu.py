@@ -16,9 +16,10 @@ from compressor.attacks.stages import build_stages
 from compressor.data import Batch
 from compressor.folding import EvaluationView
 from compressor.losses import cross_entropy
-from compressor.method_recipes import InnerAttackRecipe
+from compressor.method_table import InnerAttackRecipe
 from compressor.methods.bmtard import BMTARD
 from compressor.methods.protocol import Moment
+from compressor.methods.teacher_set import TeacherSet
 from compressor.networks import NetworkSpec, build_classifier
 from compressor.performance import Performance, resolve_performance
 from compressor.performance_settings import PerformanceSettings
@@ -97,8 +98,9 @@ def make_teacher(role, seed, performance):
 def bmtard_step(batch, performance, *, start="zero"):
     """What was logged, and the gradients of the student."""
     method = BMTARD(
-        clean_teacher=make_teacher("clean", 1, performance),
-        robust_teacher=make_teacher("robust", 2, performance),
+        teachers=TeacherSet.of(
+            [make_teacher("clean", 1, performance), make_teacher("robust", 2, performance)]
+        ),
         attack=ATTACKS[f"inner_{start}"],
         loss_scale=0.1,
         temperature_rate=0.001,

@@ -35,7 +35,7 @@ from compressor.folding import EvaluationView
 from compressor.image_sources import open_source
 from compressor.image_storage import ResidentImages, StreamedImages
 from compressor.losses import cross_entropy
-from compressor.method_recipes import InnerAttackRecipe
+from compressor.method_table import InnerAttackRecipe
 from compressor.methods.build import build_method
 from compressor.networks import NetworkSpec, build_classifier, evaluation_mode
 from compressor.performance import Performance

@@ -13,9 +13,10 @@ from compressor.attacks import pgd
 from compressor.attacks.build import build_inner_attack
 from compressor.data import Batch
 from compressor.losses import cross_entropy
-from compressor.method_recipes import InnerAttackRecipe
+from compressor.method_table import InnerAttackRecipe
 from compressor.methods.bmtard import BMTARD
 from compressor.methods.protocol import Moment
+from compressor.methods.teacher_set import TeacherSet
 from compressor.performance import Performance
 from compressor.student import Student
 from compressor.threat import ThreatModel
@@ -30,8 +31,12 @@ def make_method(dtype=torch.float64):
     robust, clean = (teacher.to(dtype) for teacher in ORACLE.make_teachers())
     threat = ThreatModel(epsilon_pixels=ORACLE.EPSILON)
     return BMTARD(
-        clean_teacher=SimpleNamespace(logits=torch.no_grad()(clean)),
-        robust_teacher=SimpleNamespace(logits=torch.no_grad()(robust)),
+        teachers=TeacherSet.of(
+            [
+                SimpleNamespace(role=role, identity=role, logits=torch.no_grad()(network))
+                for role, network in (("clean", clean), ("robust", robust))
+            ]
+        ),
         attack=build_inner_attack(InnerAttackRecipe(), threat=threat, objective=cross_entropy),
         loss_scale=1 / ORACLE.NUM_CLASSES,
         temperature_rate=ORACLE.TEMPERATURE_RATE,
@@ -72,8 +77,8 @@ def steps():
             {
                 **result.logged,
                 "loss_of_graph": result.loss.item(),
-                "next_robust_temperature": state.temperatures.robust,
-                "next_clean_temperature": state.temperatures.clean,
+                "next_robust_temperature": state.temperatures[0],
+                "next_clean_temperature": state.temperatures[1],
                 "sum_of_parameters": sum(float(p.detach().sum()) for p in network.parameters()),
                 "sum_of_statistics": sum(
                     float(b.sum()) for b in network.buffers() if b.is_floating_point()
@@ -124,4 +129,4 @@ def test_bmtard_float32_one_step_on_the_same_adversarial_batch():
     assert result.loss.dtype == torch.float32
     for name in ("loss_nats", "robust_loss_nats", "clean_loss_nats", "robust_weight_fraction"):
         assert result.logged[name] == pytest.approx(STEPS[0][name], rel=0, abs=1e-5)
-    assert state.temperatures.clean == STEPS[0]["next_clean_temperature"]
+    assert state.temperatures[1] == STEPS[0]["next_clean_temperature"]

@@ -74,7 +74,7 @@ def test_names_do_not_collide(num):
 
 
 def test_names_are_near_their_points():
-    spread = compressor.reports.pareto._spread_out
+    spread = compressor.reports.pareto.spread_out
     assert spread([10.0, 30.0, 20.0], gap=5, highest=40) == [10, 30, 20]
     assert spread([10.0, 12.0, 11.0], gap=5, highest=40) == [10, 20, 15]
     assert spread([40.0, 40.0, 0.0], gap=5, highest=40) == [35, 40, -5]

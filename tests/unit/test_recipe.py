@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from compressor.errors import RecipeError, UsageError
-from compressor.method_recipes import BMTARDRecipe, InnerAttackRecipe
+from compressor.method_recipes import BMTARDRecipe
+from compressor.method_table import InnerAttackRecipe
 from compressor.methods.build import resolve_temperature_rate
 from compressor.recipe import TrainingRecipe, portable_dict, resolved_dict
 from compressor.recipe_file import apply_override, load_recipe, parse_recipe, read_table
@@ -166,9 +167,10 @@ def test_all_problems_are_reported_at_once():
         (["method.min_temperature=11.0"], "is above method.max_temperature"),
         (["training.momentum=0.0", "training.nesterov=true"], "needs training.momentum above 0"),
         (['training.schedule={kind="milestones", milestones=[0.9, 0.5]}'], "must rise"),
-        (["teachers=[]"], "takes 1 clean teacher, the recipe has 0"),
-        (["teachers.0.role=robust"], "takes 1 robust teacher, the recipe has 2"),
-        (["method.name=pgd_at"], "takes 0 clean teacher, the recipe has 1"),
+        (["teachers=[]"], "takes at least 1 clean teacher, the recipe has 0"),
+        (["teachers.0.role=robust"], "takes at least 1 clean teacher, the recipe has 0"),
+        (["method.name=ciard", "teachers.0.role=robust"], "1 robust teacher, the recipe has 2"),
+        (["method.name=pgd_at"], "takes 0 clean teachers, the recipe has 1"),
     ],
 )
 def test_problem_is_explained(overrides, message):
@@ -221,6 +223,7 @@ CHANGES = {
     "training.schedule.kind": None,  # changed as a whole below
     "training.schedule.milestones": "[0.5]",
     "training.schedule.decay": "0.5",
+    "training.schedule.idle_fraction": "0.01",
     "training.ema_decay": "0.999",
     "training.gradient_clip_norm": "1.0",
     "selection.every_epochs": "2",

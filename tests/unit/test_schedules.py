@@ -66,6 +66,13 @@ def test_milestones_other_decay():
     assert factors == [1, 1, 0.5, 0.25]
 
 
+@pytest.mark.parametrize(("num_epochs", "num_idle"), [(350, 3), (100, 1), (20, 0)])
+def test_milestones_idle_epochs_scale_with_the_run(num_epochs, num_idle):
+    schedule = MilestonesRecipe(idle_fraction=3 / 350)
+    factors = [at_epoch(e, num_epochs=num_epochs, schedule=schedule) for e in range(1, 6)]
+    assert factors == [0.0] * num_idle + [1.0] * (5 - num_idle)
+
+
 def test_one_cycle_rises_then_falls():
     factors = curve(OneCycleRecipe(warmup_fraction=0.3, initial_factor=0.04))
     assert factors[0] == pytest.approx(0.04)

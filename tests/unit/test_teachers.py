@@ -171,6 +171,28 @@ def test_attacks_can_differentiate_by_the_images(saved):
     assert isinstance(x_NCHW.grad, Tensor)
 
 
+def test_logits_with_gradient_lead_to_the_images_and_not_to_the_weights(saved):
+    teacher = load(saved[0])
+    x_NCHW = images().requires_grad_()
+    logits_NK = teacher.logits_with_gradient(x_NCHW)
+    torch.testing.assert_close(logits_NK.detach(), teacher.logits(images()))
+    logits_NK.square().sum().backward()
+    assert x_NCHW.grad.abs().max() > 0
+    assert all(parameter.grad is None for parameter in teacher.network.parameters())
+    assert teacher.require_network("wanted") is teacher.network
+    teacher.network.train()
+    with pytest.raises(AssertionError, match="training mode"):
+        teacher.logits_with_gradient(x_NCHW)
+
+
+def test_onnx_files_give_no_gradient(save_onnx):
+    teacher = load(save_onnx()[0], role="robust")
+    with pytest.raises(TeacherError, match=r"^robust teacher t\.onnx: .* no gradient; give its"):
+        teacher.logits_with_gradient(images())
+    with pytest.raises(TeacherError, match=r"t\.onnx: method 'x' tunes it, but an ONNX file"):
+        teacher.require_network("method 'x' tunes it")
+
+
 def test_onnx_files(save_onnx):
     path, weight = save_onnx(metadata={CLASS_NAMES_KEY: json.dumps(CLASSES)})
     teacher = load(path)

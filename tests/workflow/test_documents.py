@@ -13,6 +13,8 @@ DOCUMENTS = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
     ROOT / "docs/from-checkpoint-to-jetson.md",
+    ROOT / "docs/choosing-teachers.md",
+    ROOT / "docs/comparing-methods.md",
     *(ROOT / "examples/recipes").iterdir(),
 ]
 

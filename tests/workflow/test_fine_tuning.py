@@ -102,14 +102,14 @@ def test_temperatures_and_weights_go_on_from_the_run(copy, tuned):
     end = state_of(copy, copy.checkpoint_steps()[-1])["method_state"]
     start = state_of(fine_tuning_of(copy), 0)["method_state"]
     assert start == end
-    assert start["temperatures"]["clean"] != 1
+    assert start["temperatures"][1] != 1
 
 
 def test_without_checkpoints_of_the_run_it_starts_as_any_run_does(copy, tuned):
     shutil.rmtree(copy.checkpoints)
     exported, _ = tuned()
     assert exported.verification.status == "verified"
-    assert state_of(fine_tuning_of(copy), 0)["method_state"]["temperatures"]["clean"] == 1
+    assert state_of(fine_tuning_of(copy), 0)["method_state"]["temperatures"] == [1, 1]
 
 
 def test_weights_before_it_are_kept_where_it_does_harm(copy, tuned, monkeypatch):
@@ -126,7 +126,7 @@ def test_weights_before_it_are_kept_where_it_does_harm(copy, tuned, monkeypatch)
     monkeypatch.setattr(compressor.trainer, "measure_on_validation", worse_and_worse)
     exported, _ = tuned()
     assert len(measured) == 2
-    assert exported.details["fine_tuned_epochs"] == 0
+    assert (exported.variant, exported.details["fine_tuned_epochs"]) == ("int8", 0)
     assert (
         state_of(fine_tuning_of(copy), fine_tuning_of(copy).checkpoint_steps()[-1])["best"]["step"]
         == 0

@@ -1,0 +1,83 @@
+"""ComparisonFolder: the only file that knows what a comparison writes, and where.
+
+A comparison on disk::
+
+    runs/LABEL-seed0/            an ordinary run
+    verifications/LABEL-seed0/   clean.json, and the reports of the attacks
+    failures/LABEL-seed0.json    why a run ended without weights
+    comparison.json  comparison.md  comparison.csv  comparison.tex  comparison.svg
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from compressor.errors import RunError
+from compressor.reports.files import ReportFiles
+
+
+@dataclass(frozen=True)
+class ComparisonFolder:
+    """A folder that holds the runs of one comparison and what they show."""
+
+    path: Path
+
+    def make(self) -> None:
+        """Make the folder, where it is not there yet.
+
+        Raises:
+            RunError: if it cannot be made.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunError(
+                f"the folder {self.path} cannot be made: {error.strerror}; choose another with "
+                "--out"
+            ) from None
+
+    def run(self, name: str) -> Path:
+        """The run of that name."""
+        return self.path / "runs" / name
+
+    def verification(self, name: str) -> Path:
+        """The folder of what was measured on that run."""
+        return self.path / "verifications" / name
+
+    def clean(self, name: str) -> Path:
+        """Which test images the run answers correctly without an attack."""
+        return self.verification(name) / "clean.json"
+
+    def reports(self, name: str) -> list[ReportFiles]:
+        """All verifications of that run."""
+        found = sorted(self.verification(name).glob("report*.json"))
+        labels = [path.stem.removeprefix("report").removeprefix("-") for path in found]
+        return [ReportFiles(folder=self.verification(name), label=label) for label in labels]
+
+    def failure(self, name: str) -> Path:
+        """Why that run has no result."""
+        return self.path / "failures" / f"{name}.json"
+
+    @property
+    def result(self) -> Path:
+        """For programs."""
+        return self.path / "comparison.json"
+
+    @property
+    def markdown(self) -> Path:
+        """For people and pull requests."""
+        return self.path / "comparison.md"
+
+    @property
+    def csv(self) -> Path:
+        """For spreadsheets."""
+        return self.path / "comparison.csv"
+
+    @property
+    def latex(self) -> Path:
+        """For papers."""
+        return self.path / "comparison.tex"
+
+    @property
+    def picture(self) -> Path:
+        """Clean against robust accuracy."""
+        return self.path / "comparison.svg"

@@ -1,0 +1,266 @@
+"""ComparisonPlan: which runs a comparison is made of, with one recipe each. Needs no torch."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from compressor.comparison.request import ComparisonRequest, MethodEntry, VerificationTable
+from compressor.errors import RecipeError, UsageError
+from compressor.method_recipes import MethodRecipe
+from compressor.method_table import InnerAttackRecipe, MethodTable
+from compressor.recipe import Recipe, TeacherRecipe
+from compressor.recipe_file import apply_override, parse_recipe, read_table
+
+_BUDGET = ("num_steps", "step_size_pixels")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedMethod:
+    """One row of the comparison."""
+
+    label: str
+    recipes: tuple[Recipe, ...]
+    """One per seed; all else is the same."""
+    teachers: str
+    """Which of the base's teachers it takes, and which it leaves."""
+    settings: str
+    """Where the values of its table come from."""
+
+    @property
+    def recipe(self) -> Recipe:
+        """Of the first seed."""
+        return self.recipes[0]
+
+    @property
+    def attack(self) -> InnerAttackRecipe | None:
+        """The inner attack, if it has one."""
+        attack = getattr(self.recipe.method, "attack", None)
+        return attack if isinstance(attack, InnerAttackRecipe) else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedRun:
+    """One method with one seed."""
+
+    label: str
+    recipe: Recipe
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return f"{self.label}-seed{self.recipe.seed}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparisonPlan:
+    """Everything that will be run."""
+
+    base_name: str
+    methods: tuple[PlannedMethod, ...]
+    reference: str
+    """A label."""
+    verification: VerificationTable
+    notes: tuple[str, ...]
+    """What a reader of the result must know, such as unequal attack budgets."""
+
+    @property
+    def runs(self) -> tuple[PlannedRun, ...]:
+        """The first seed of every method before the second of any: all are comparable early."""
+        num_seeds = max(len(method.recipes) for method in self.methods)
+        return tuple(
+            PlannedRun(label=method.label, recipe=method.recipes[place])
+            for place in range(num_seeds)
+            for method in self.methods
+            if place < len(method.recipes)
+        )
+
+
+def make_plan(request: ComparisonRequest, *, overrides: Sequence[str] = ()) -> ComparisonPlan:
+    """Every run that is asked for, or every reason why it cannot be.
+
+    Raises:
+        RecipeError: naming each method that cannot be compared, and why.
+        UsageError: if the reference or an override is not understood.
+    """
+    path = Path(request.base.recipe)
+    base = read_table(path)
+    for override in (*request.base.set, *overrides):
+        apply_override(base, override)
+    shared = parse_recipe(
+        {**base, "method": {"name": "cross_entropy"}, "teachers": []}, origin=str(path)
+    )
+    labels = [entry.shown_label for entry in request.methods]
+    twice = [label for label, count in Counter(labels).items() if count > 1]
+    if twice:
+        raise RecipeError(
+            f"two methods are called {twice[0]}; give each [[methods]] table a label of its own"
+        )
+    reference = request.reference or labels[0]
+    if reference not in labels:
+        raise UsageError(f"there is no method {reference!r} to refer to; use {', '.join(labels)}")
+    teachers = _teachers_of(base, origin=str(path))
+    methods, problems = [], []
+    for entry in request.methods:
+        try:
+            methods.append(_planned(entry, base, teachers, num_seeds=request.seeds))
+        except RecipeError as error:
+            problems.append(str(error))
+    if problems:
+        raise RecipeError("not comparable, so nothing was run:\n" + "\n".join(problems))
+    return ComparisonPlan(
+        base_name=shared.name,
+        methods=tuple(methods),
+        reference=reference,
+        verification=request.verification,
+        notes=_notes(methods),
+    )
+
+
+def _planned(
+    entry: MethodEntry,
+    base: Mapping[str, Any],
+    teachers: Sequence[Mapping[str, Any]],
+    *,
+    num_seeds: int,
+) -> PlannedMethod:
+    label, known = entry.shown_label, _method_tables()
+    if entry.name not in known:
+        raise RecipeError(
+            f"{label}: there is no method {entry.name!r}; use {', '.join(sorted(known))}"
+        )
+    kind = known[entry.name]
+    places = _chosen(entry, kind, teachers)
+    own, said = _method_table(entry, kind, base.get("method", {}))
+    count = num_seeds if entry.seeds is None else min(entry.seeds, num_seeds)
+    first = base.get("seed", 0)
+    table = {**base, "name": label, "method": own, "teachers": [teachers[i] for i in places]}
+    recipes = tuple(
+        parse_recipe({**table, "seed": first + place}, origin=label) for place in range(count)
+    )
+    return PlannedMethod(
+        label=label,
+        recipes=recipes,
+        teachers=_teacher_text(recipes[0].teachers, num_left=len(teachers) - len(places)),
+        settings=said,
+    )
+
+
+def _method_table(
+    entry: MethodEntry, kind: type[MethodTable], base: object
+) -> tuple[dict[str, Any], str]:
+    """The method's defaults, then what the base says of it or of its budget, then `settings`."""
+    base = base if isinstance(base, dict) else {}
+    table: dict[str, Any] = {"name": entry.name}
+    said = "defaults"
+    if base.get("name") == entry.name:
+        table, said = _merged(table, base), "as in the base recipe"
+    elif "attack" in kind.model_fields and isinstance(base.get("attack"), dict):
+        budget = {key: base["attack"][key] for key in _BUDGET if key in base["attack"]}
+        if budget:
+            table["attack"] = budget
+            said += ", " + " and ".join(f"attack.{key}" for key in budget) + " of the base recipe"
+    if entry.settings:
+        table = _merged(table, entry.settings)
+        said += f"; set here: {', '.join(entry.settings)}"
+    return table, said
+
+
+def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Tables within tables too."""
+    merged = dict(below)
+    for key, value in above.items():
+        inner = merged.get(key)
+        both = isinstance(inner, dict) and isinstance(value, dict)
+        merged[key] = _merged(inner, value) if both else value  # type: ignore[arg-type]
+    return merged
+
+
+def _chosen(
+    entry: MethodEntry, kind: type[MethodTable], teachers: Sequence[Mapping[str, Any]]
+) -> list[int]:
+    """Places of the teachers that the method takes."""
+    places: dict[str, list[int]] = {"clean": [], "robust": []}
+    for place, teacher in enumerate(teachers):
+        places[teacher["role"]].append(place)
+    if entry.teachers is not None:
+        return _named(entry, places, num_teachers=len(teachers))
+    need = kind.teachers
+    robust = places["robust"][: need.robust[-1]]
+    clean = places["clean"][: need.clean[-1]]
+    num_too_many = max(0, len(robust) + len(clean) - need.together[-1])
+    clean = clean[: max(0, len(clean) - num_too_many)]  # robust teachers come first
+    robust = robust[: need.together[-1]]
+    return sorted([*clean, *robust])
+
+
+def _named(entry: MethodEntry, places: Mapping[str, list[int]], *, num_teachers: int) -> list[int]:
+    """Places that `teachers` of the entry means."""
+    waiting = {role: list(some) for role, some in places.items()}
+    found: list[int] = []
+    for wanted in entry.teachers or ():
+        place = wanted
+        if isinstance(wanted, str):
+            if not waiting[wanted]:
+                raise RecipeError(
+                    f"{entry.shown_label}: the base recipe has {len(places[wanted])} {wanted} "
+                    f"teachers, fewer than methods.teachers = {list(entry.teachers or ())} names"
+                )
+            place = waiting[wanted].pop(0)
+        elif wanted >= num_teachers:
+            raise RecipeError(
+                f"{entry.shown_label}: methods.teachers names place {wanted}, counted from 0; the "
+                f"base recipe has {num_teachers} teachers"
+            )
+        found.append(int(place))
+    if len(set(found)) < len(found):
+        raise RecipeError(f"{entry.shown_label}: methods.teachers names a teacher twice")
+    return found
+
+
+def _teachers_of(base: Mapping[str, Any], *, origin: str) -> list[dict[str, Any]]:
+    """The `[[teachers]]` tables, as far as they must be right to be chosen from."""
+    teachers = base.get("teachers", [])
+    if not isinstance(teachers, list) or not all(isinstance(t, dict) for t in teachers):
+        raise RecipeError(f"{origin}: teachers is {teachers!r}, not a list of [[teachers]] tables")
+    for place, teacher in enumerate(teachers):
+        if teacher.get("role") not in {"clean", "robust"}:
+            raise RecipeError(
+                f"{origin}: teachers.{place}.role is {teacher.get('role')!r}; use clean or robust"
+            )
+    return teachers
+
+
+def _teacher_text(teachers: Sequence[TeacherRecipe], *, num_left: int) -> str:
+    names = [f"{t.role} {Path(t.source.rpartition(':')[2]).name}" for t in teachers]
+    left = f" ({num_left} of the base left out)" if num_left else ""
+    return (", ".join(names) or "none") + left
+
+
+def _notes(methods: Sequence[PlannedMethod]) -> tuple[str, ...]:
+    notes = []
+    budgets: dict[tuple[int, float | None], list[str]] = {}
+    for method in methods:
+        if method.attack is not None:
+            key = (method.attack.num_steps, method.attack.step_size_pixels)
+            budgets.setdefault(key, []).append(method.label)
+    if len(budgets) > 1:
+        said = "; ".join(
+            f"{', '.join(labels)}: {num_steps} steps of "
+            + ("a quarter of epsilon" if size is None else f"{size:.4g}")
+            for (num_steps, size), labels in budgets.items()
+        )
+        notes.append(f"Inner attacks differ in their budget ({said}).")
+    counts = {len(method.recipes) for method in methods}
+    if len(counts) > 1:
+        notes.append("Methods have different numbers of seeds; pairs are of those in common.")
+    if max(counts) == 1:
+        notes.append("One seed: no spread is known, and a difference may be the seed's.")
+    return tuple(notes)
+
+
+def _method_tables() -> dict[str, type[MethodTable]]:
+    """Every method that recipes know, by name."""
+    kinds = get_args(get_args(MethodRecipe)[0])
+    return {kind.model_fields["name"].default: kind for kind in kinds}

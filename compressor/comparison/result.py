@@ -1,0 +1,206 @@
+"""ComparisonResult: what a comparison found, for programs and for every table and picture.
+
+Closed and versioned; a result that contradicts itself is refused. Needs no torch.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, ValidationError, model_validator
+
+from compressor.closed_table import ClosedTable, Count, TupleOf
+from compressor.errors import RunError
+from compressor.run_directory import read_json, write_json_atomically
+
+Metric = Literal["clean", "pgd_sat", "pgd_trades", "cw_inf", "autoattack", "w_robust"]
+METRICS: tuple[Metric, ...] = (
+    "clean",
+    "pgd_sat",
+    "pgd_trades",
+    "cw_inf",
+    "autoattack",
+    "w_robust",
+)
+TITLES: dict[Metric, str] = {
+    "clean": "clean",
+    "pgd_sat": "PGD_sat",
+    "pgd_trades": "PGD_trades",
+    "cw_inf": "CW_inf",
+    "autoattack": "AutoAttack-style",
+    "w_robust": "W-Robust",
+}
+Verdict = Literal["better", "worse", "better weights", "worse weights", "not shown"]
+"""`better`: luck explains neither the images nor the seeds. `better weights`: it does not explain
+the images, so these weights differ; whether the method does, the seeds do not show."""
+SIGNIFICANCE = 0.05
+_Share = Annotated[float, Field(ge=0, le=1)]
+_Difference = Annotated[float, Field(ge=-1, le=1)]
+_Seed = Annotated[int, Field(ge=0)]
+
+
+class Score(ClosedTable):
+    """One metric of one method, over its seeds; fractions."""
+
+    metric: Metric
+    num_images: Count
+    """Of each seed; of W-Robust those of the cascade."""
+    seeds: Annotated[TupleOf[_Seed], Field(min_length=1)]
+    values: TupleOf[_Share]
+    """One per seed."""
+    mean: _Share
+    sample_sd: Annotated[float, Field(ge=0)] | None
+    """Over the seeds; None for one seed."""
+    low_95: _Share | None
+    high_95: _Share | None
+    """Interval of the mean for these weights, the images as the sample; None for W-Robust."""
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Self:
+        if len(self.values) != len(self.seeds):
+            raise ValueError(f"{len(self.values)} values of {len(self.seeds)} seeds")
+        if (self.sample_sd is None) != (len(self.seeds) == 1):
+            raise ValueError("a spread needs two seeds, and two seeds have one")
+        if abs(sum(self.values) / len(self.values) - self.mean) > 1e-9:
+            raise ValueError(f"{self.mean} is not the mean of {self.values}")
+        return self
+
+
+class Paired(ClosedTable):
+    """A method minus the reference on the same images; see `statistics.paired_test`."""
+
+    metric: Metric
+    num_images: Count
+    seeds: Annotated[TupleOf[_Seed], Field(min_length=1)]
+    """In common."""
+    differences: TupleOf[_Difference]
+    """Fractions, one per seed."""
+    mean: _Difference
+    over_seeds_low_95: float | None
+    over_seeds_high_95: float | None
+    """Student's t interval with the seeds as the sample; None for one seed."""
+    p_value: _Share
+    p_value_holm: _Share
+    """Corrected for all tests of this result."""
+    verdict: Verdict
+
+    @model_validator(mode="after")
+    def _is_not_overstated(self) -> Self:
+        if self.p_value_holm < self.p_value:
+            raise ValueError("a corrected p-value cannot be smaller")
+        if self.verdict != "not shown" and self.p_value_holm > SIGNIFICANCE:
+            raise ValueError(f"{self.verdict} at p = {self.p_value_holm}")
+        low, high = self.over_seeds_low_95, self.over_seeds_high_95
+        is_of_seeds = low is not None and high is not None and (low > 0 or high < 0)
+        if self.verdict in {"better", "worse"} and not is_of_seeds:
+            raise ValueError(f"{self.verdict} with {low} to {high} over the seeds")
+        return self
+
+
+class PassRow(ClosedTable):
+    """Images through the networks per training image, the mean over a run."""
+
+    student_forwards: float
+    student_backwards: float
+    teacher_forwards: float
+    teacher_backwards: float
+
+
+class RunRow(ClosedTable):
+    """One method with one seed."""
+
+    seed: _Seed
+    recipe_id: str
+    status: Literal["measured", "failed", "not yet"]
+    reason: str
+    """Of a failure, and of measurements that do not count."""
+    model_sha256: str | None
+    selected_epoch: int | None
+    """Chosen on held-out training images."""
+    training_seconds: float | None
+    """All steps, without validation and checkpoints: the mean time per image of the steps that were
+    logged, times all images. Other work of the machine is in it."""
+    trained_on: str
+    """Device and number format."""
+
+
+class MethodRow(ClosedTable):
+    """One method."""
+
+    label: str
+    name: str
+    settings: dict[str, Any]
+    """Its whole table."""
+    origin: str
+    """Where these values come from."""
+    teachers: str
+    passes: PassRow
+    runs: TupleOf[RunRow]
+    scores: TupleOf[Score]
+    """Missing where nothing was measured that may be believed."""
+    paired: TupleOf[Paired]
+
+    def score(self, metric: Metric) -> Score | None:
+        """Of one metric; None where there is none."""
+        return next((score for score in self.scores if score.metric == metric), None)
+
+    def pair(self, metric: Metric) -> Paired | None:
+        """Against the reference; None where there is none."""
+        return next((pair for pair in self.paired if pair.metric == metric), None)
+
+    @property
+    def training_seconds(self) -> float | None:
+        """Mean over the runs that know theirs."""
+        known = [run.training_seconds for run in self.runs if run.training_seconds is not None]
+        return sum(known) / len(known) if known else None
+
+    @property
+    def num_measured(self) -> int:
+        """Runs with numbers."""
+        return sum(run.status == "measured" for run in self.runs)
+
+
+class ComparisonResult(ClosedTable):
+    """Methods under one protocol."""
+
+    schema_version: Literal[1] = 1
+    name: str
+    reference: str
+    """The label that the others are tested against."""
+    protocol: dict[str, Any]
+    """What all recipes share, without the places of files."""
+    methods: Annotated[TupleOf[MethodRow], Field(min_length=1)]
+    notes: TupleOf[str]
+    environment: dict[str, Any]
+
+    @model_validator(mode="after")
+    def _has_reference(self) -> Self:
+        if self.reference not in {method.label for method in self.methods}:
+            raise ValueError(f"there is no method {self.reference!r} to refer to")
+        return self
+
+    @property
+    def num_tests(self) -> int:
+        """That were corrected for together."""
+        return sum(len(method.paired) for method in self.methods)
+
+
+def write_result(result: ComparisonResult, path: Path) -> None:
+    """As JSON, as a whole or not at all."""
+    write_json_atomically(path, result.model_dump(mode="json"))
+
+
+def read_result(path: Path) -> ComparisonResult:
+    """A result from JSON.
+
+    Raises:
+        RunError: if it is missing, damaged or of another schema.
+    """
+    try:
+        return ComparisonResult.model_validate(read_json(path))
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise RunError(
+            f"{path} is not a comparison of schema 1: {place}: {first['msg']}; the command that "
+            "made it writes it again"
+        ) from None

@@ -1,0 +1,180 @@
+"""One run of a comparison: trained, or found finished; measured, or found measured."""
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+from compressor.comparison.folder import ComparisonFolder
+from compressor.comparison.measuring import (
+    ImageCounts,
+    Measured,
+    MeasuringWatchers,
+    find_measured,
+    measure,
+)
+from compressor.comparison.plan import PlannedRun
+from compressor.errors import InvalidEvaluationError, NonFiniteLossError, RunError
+from compressor.interruption import StopWish
+from compressor.metrics import Observer
+from compressor.networks import load_trained
+from compressor.performance_settings import PerformanceSettings
+from compressor.run_directory import RunDirectory, read_facts, read_json, write_json_atomically
+from compressor.run_facts import refuse_changed_facts, refuse_other_recipe
+from compressor.training_workflow import TrainingRequest, train
+
+
+@dataclass(frozen=True, kw_only=True)
+class Materials:
+    """What all runs are made from and measured on, by content."""
+
+    training_sha256: str
+    test_sha256: str
+    class_names: tuple[str, ...]
+    images: ImageCounts
+    teacher_sha256: Mapping[str, str]
+    """By the source in the recipe."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HowToRun:
+    """What may change between two calls that go on with one comparison."""
+
+    settings: PerformanceSettings
+    command: str
+    """To type after an interruption."""
+    signals: Callable[[], AbstractContextManager[StopWish]]
+    """Watches for signals while a run trains."""
+    download: bool = False
+    accept_teachers: bool = False
+    retry: bool = False
+    """Try again what failed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinishedRun:
+    """One method with one seed: what it came to."""
+
+    planned: PlannedRun
+    run: RunDirectory | None
+    """None: it has no weights, or no numbers."""
+    measured: Measured
+    failure: str | None = None
+    """Why there are none."""
+
+
+def find_training(
+    planned: PlannedRun, folder: ComparisonFolder, materials: Materials
+) -> RunDirectory | None:
+    """The finished run of this recipe on these data with these teachers; None: not finished.
+
+    Raises:
+        CheckpointError: if the folder holds a run of another recipe, or of other files.
+        ArtefactMismatchError: if its weights are not those that training wrote.
+    """
+    run = RunDirectory(folder.run(planned.name))
+    if not run.resolved_recipe.is_file():
+        return None
+    refuse_other_recipe(run, planned.recipe)
+    facts = read_facts(run)
+    refuse_changed_facts(run, facts | _expected(planned, materials))
+    if "model_sha256" not in facts or not run.model.is_file():
+        return None
+    load_trained(run)
+    return run
+
+
+def find_failure(planned: PlannedRun, folder: ComparisonFolder) -> str | None:
+    """Why an earlier call could not finish this very recipe."""
+    try:
+        found = read_json(folder.failure(planned.name))
+    except RunError:
+        return None
+    if not isinstance(found, dict) or found.get("recipe_id") != planned.recipe.recipe_id:
+        return None
+    return str(found.get("message"))
+
+
+def work_left(
+    planned: PlannedRun, folder: ComparisonFolder, materials: Materials, *, retry: bool
+) -> list[str]:
+    """The parts of this run that are yet to be done: `training`, `clean`, ...
+
+    Raises:
+        RobustCompressError: if its folder belongs to something else.
+    """
+    if find_failure(planned, folder) is not None and not retry:
+        return []
+    images, run = materials.images, find_training(planned, folder, materials)
+    if run is None:
+        return ["training", *Measured().lacks(images)]
+    found = find_measured(run, folder, images=images, test_sha256=materials.test_sha256)
+    return found.lacks(images)
+
+
+def complete_run(
+    planned: PlannedRun,
+    folder: ComparisonFolder,
+    materials: Materials,
+    *,
+    how: HowToRun,
+    observe: Observer = lambda _: None,
+    watchers: MeasuringWatchers,
+) -> FinishedRun:
+    """Train and measure what is not there yet.
+
+    A loss that is not finite and an attack that cheats are results: they are kept, and do not stop
+    the other runs.
+
+    Raises:
+        RobustCompressError: of any other kind; what is finished is kept.
+    """
+    failure, place = find_failure(planned, folder), folder.failure(planned.name)
+    if failure is not None and not how.retry:
+        return FinishedRun(planned=planned, run=None, measured=Measured(), failure=failure)
+    try:
+        run = find_training(planned, folder, materials)
+        if run is None:
+            watchers.part("training")
+            run = _train(planned, folder, how=how, observe=observe)
+        images = materials.images
+        found = find_measured(run, folder, images=images, test_sha256=materials.test_sha256)
+        measured = measure(
+            run, folder, found, images=images, settings=how.settings, watchers=watchers
+        )
+    except (NonFiniteLossError, InvalidEvaluationError) as error:
+        failure = str(error).partition(";")[0]  # what follows is advice and names folders
+        table = {"recipe_id": planned.recipe.recipe_id, "message": failure}
+        write_json_atomically(place, table)
+        return FinishedRun(planned=planned, run=None, measured=Measured(), failure=failure)
+    place.unlink(missing_ok=True)
+    return FinishedRun(planned=planned, run=run, measured=measured)
+
+
+def _train(
+    planned: PlannedRun, folder: ComparisonFolder, *, how: HowToRun, observe: Observer
+) -> RunDirectory:
+    path = folder.run(planned.name)
+    request = TrainingRequest(
+        out=path,
+        settings=how.settings,
+        resume=RunDirectory(path).resolved_recipe.is_file(),
+        resume_command=how.command,
+        download=how.download,
+        accept_teachers=how.accept_teachers,
+    )
+    with how.signals() as stop:
+        return train(planned.recipe, request, observe=observe, stop=stop)
+
+
+def _expected(planned: PlannedRun, materials: Materials) -> dict[str, Any]:
+    """The facts of a run that depend on files; which images are held out is in the recipe."""
+    teachers = [
+        {"role": table.role, "sha256": materials.teacher_sha256[table.source]}
+        for table in planned.recipe.teachers
+    ]
+    return {
+        "training_content_sha256": materials.training_sha256,
+        "class_names": list(materials.class_names),
+        "teachers": teachers,
+    }

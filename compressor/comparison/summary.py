@@ -1,0 +1,219 @@
+"""From finished runs to a result: means, spreads, paired tests, costs."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from compressor.checkpoint import selected_candidate
+from compressor.comparison.measuring import ImageCounts
+from compressor.comparison.passes import Passes
+from compressor.comparison.plan import ComparisonPlan, PlannedMethod
+from compressor.comparison.result import (
+    METRICS,
+    SIGNIFICANCE,
+    ComparisonResult,
+    MethodRow,
+    Metric,
+    Paired,
+    PassRow,
+    RunRow,
+    Verdict,
+)
+from compressor.comparison.runs import FinishedRun
+from compressor.comparison.scores import points_of, scores_of
+from compressor.comparison.statistics import PairedTest, paired_test
+from compressor.errors import RunError
+from compressor.gate.paired import holm
+from compressor.metrics import read_metrics
+from compressor.recipe import portable_dict
+from compressor.run_directory import RunDirectory, read_facts, read_json
+
+_OF_ONE_METHOD = ("name", "seed", "method", "teachers")
+
+
+def summarise(
+    plan: ComparisonPlan,
+    finished: Sequence[FinishedRun],
+    *,
+    passes: Mapping[str, Passes],
+    images: ImageCounts,
+    environment: Mapping[str, Any],
+) -> ComparisonResult:
+    """What the runs show that are finished so far.
+
+    Args:
+        plan: of the comparison.
+        finished: in any order.
+        passes: by label.
+        images: how many test images each part was to have.
+        environment: of the measurements.
+
+    Raises:
+        RunError: if two runs were measured on different images.
+    """
+    by_label = {
+        method.label: [run for run in finished if run.planned.label == method.label]
+        for method in plan.methods
+    }
+    tests = _tests(plan, by_label)
+    corrected = holm([test.p_value for _, _, _, test in tests])
+    paired: dict[str, list[Paired]] = {method.label: [] for method in plan.methods}
+    for (label, metric, seeds, test), p_value_holm in zip(tests, corrected, strict=True):
+        paired[label].append(_paired_row(metric, seeds, test, p_value_holm))
+    shared = portable_dict(plan.methods[0].recipe)
+    rows = tuple(
+        _method_row(method, by_label[method.label], passes[method.label], paired[method.label])
+        for method in plan.methods
+    )
+    return ComparisonResult(
+        name=plan.base_name,
+        reference=plan.reference,
+        protocol={key: value for key, value in shared.items() if key not in _OF_ONE_METHOD}
+        | {"test_images": asdict(images)},
+        methods=rows,
+        notes=(*plan.notes, *_notes(rows)),
+        environment=json.loads(json.dumps(dict(environment))),
+    )
+
+
+def verdict_of(test: PairedTest, p_value_holm: float) -> Verdict:
+    """What may be said of the weights, and whether of the method too; see `Verdict`."""
+    if p_value_holm > SIGNIFICANCE:
+        return "not shown"
+    low, high = test.over_seeds_95() or (-1.0, 1.0)
+    if low > 0 or high < 0:
+        return "better" if test.mean > 0 else "worse"
+    return "better weights" if test.mean > 0 else "worse weights"
+
+
+def training_seconds(run: RunDirectory) -> float | None:
+    """See `RunRow.training_seconds`; None if no step was logged."""
+    steps = [line for line in read_metrics(run) if line["kind"] == "step"]
+    speeds = [line["speed_images_per_second"] for line in steps]
+    per_image = [1 / speed for speed in speeds[1:] or speeds if speed > 0]  # the first warms up
+    if not per_image:
+        return None
+    epochs = read_json(run.resolved_recipe)["training"]["epochs"]
+    return float(sum(per_image) / len(per_image) * read_facts(run)["num_training"] * epochs)
+
+
+_Test = tuple[str, Metric, tuple[int, ...], PairedTest]
+
+
+def _tests(plan: ComparisonPlan, by_label: Mapping[str, Sequence[FinishedRun]]) -> list[_Test]:
+    found: list[_Test] = []
+    theirs = {run.planned.recipe.seed: run for run in by_label[plan.reference]}
+    for method in plan.methods:
+        if method.label == plan.reference:
+            continue
+        ours = {run.planned.recipe.seed: run for run in by_label[method.label]}
+        for metric in METRICS:
+            both = {
+                seed: (points_of(ours[seed], metric), points_of(theirs[seed], metric))
+                for seed in sorted(ours.keys() & theirs.keys())
+            }
+            known = {s: (a, b) for s, (a, b) in both.items() if a is not None and b is not None}
+            if known:
+                _refuse_other_images(method.label, plan.reference, list(known.values()))
+                test = paired_test(
+                    [tuple(a.values()) for a, _ in known.values()],
+                    [tuple(b.values()) for _, b in known.values()],
+                    points_per_unit=2 if metric == "w_robust" else 1,
+                )
+                found.append((method.label, metric, tuple(known), test))
+    return found
+
+
+def _refuse_other_images(
+    label: str, reference: str, pairs: Sequence[tuple[Mapping[int, int], Mapping[int, int]]]
+) -> None:
+    """Points are in the order of the images."""
+    if any(list(points) != list(pairs[0][0]) for pair in pairs for points in pair):
+        raise RunError(
+            f"{label} and {reference} were measured on different test images; compare them in a "
+            "new folder with --out"
+        )
+
+
+def _paired_row(
+    metric: Metric, seeds: tuple[int, ...], test: PairedTest, p_value_holm: float
+) -> Paired:
+    low, high = test.over_seeds_95() or (None, None)
+    return Paired(
+        metric=metric,
+        num_images=test.num_images,
+        seeds=seeds,
+        differences=test.differences,
+        mean=test.mean,
+        over_seeds_low_95=low,
+        over_seeds_high_95=high,
+        p_value=test.p_value,
+        p_value_holm=p_value_holm,
+        verdict=verdict_of(test, p_value_holm),
+    )
+
+
+def _method_row(
+    method: PlannedMethod, runs: Sequence[FinishedRun], passes: Passes, paired: Sequence[Paired]
+) -> MethodRow:
+    known = {run.planned.recipe.seed: run for run in runs}
+    return MethodRow(
+        label=method.label,
+        name=method.recipe.method.name,
+        settings=portable_dict(method.recipe)["method"],
+        origin=method.settings,
+        teachers=method.teachers,
+        passes=PassRow(**asdict(passes)),
+        runs=tuple(_run_row(r.seed, r.recipe_id, known.get(r.seed)) for r in method.recipes),
+        scores=scores_of(runs),
+        paired=tuple(paired),
+    )
+
+
+def _run_row(seed: int, recipe_id: str, finished: FinishedRun | None) -> RunRow:
+    run = finished.run if finished else None
+    if finished is None or run is None:
+        return RunRow(
+            seed=seed,
+            recipe_id=recipe_id,
+            status="not yet" if finished is None else "failed",
+            reason=(finished.failure or "") if finished else "",
+            model_sha256=None,
+            selected_epoch=None,
+            training_seconds=None,
+            trained_on="",
+        )
+    environment = read_json(run.environment)
+    parts = {"attacks": finished.measured.white_box, "cascade": finished.measured.cascade}
+    doubts = [
+        f"{name} {part.status}: {part.reason}"
+        for name, part in parts.items()
+        if part is not None and part.status != "verified"
+    ]
+    return RunRow(
+        seed=seed,
+        recipe_id=recipe_id,
+        status="measured",
+        reason="; ".join(doubts),
+        model_sha256=read_facts(run)["model_sha256"],
+        selected_epoch=selected_candidate(run).epoch,
+        training_seconds=training_seconds(run),
+        trained_on=f"{environment.get('device')}, {environment.get('number_format')}",
+    )
+
+
+def _notes(rows: Sequence[MethodRow]) -> list[str]:
+    notes = []
+    places = {run.trained_on for row in rows for run in row.runs if run.trained_on}
+    if len(places) > 1:
+        notes.append(f"Trained on different devices or in different formats: {sorted(places)}.")
+    for row in rows:
+        for run in row.runs:
+            if run.status == "failed":
+                notes.append(f"{row.label}, seed {run.seed}: failed: {run.reason}")
+            elif run.reason:
+                notes.append(f"{row.label}, seed {run.seed}: no number, {run.reason}")
+            elif run.status == "not yet":
+                notes.append(f"{row.label}, seed {run.seed}: not run yet.")
+    return notes

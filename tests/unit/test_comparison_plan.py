@@ -1,0 +1,220 @@
+"""From a comparison file, or a recipe and names, to the recipes of all runs."""
+
+import pytest
+
+from compressor.comparison.plan import make_plan
+from compressor.comparison.request import Wishes, read_request, with_wishes
+from compressor.errors import RecipeError, UsageError
+
+BASE = """
+name = "base"
+seed = 7
+[data]
+source = "digits"
+validation_size = 100
+[student]
+architecture = "tiny"
+[method]
+name = "bmtard"
+loss_scale = 1.0
+[method.attack]
+num_steps = 7
+[training]
+epochs = 3
+"""
+TEACHERS = """
+[[teachers]]
+role = "robust"
+source = "tiny:first.pt"
+[[teachers]]
+role = "clean"
+source = "tiny:clean.pt"
+[[teachers]]
+role = "robust"
+source = "tiny:second.pt"
+"""
+FILE = """
+seeds = 3
+reference = "mild"
+[base]
+recipe = "base.toml"
+set = ["training.epochs=2"]
+[verification]
+samples = 50
+[[methods]]
+name = "trades"
+[[methods]]
+name = "trades"
+label = "mild"
+seeds = 2
+settings = { beta = 1.0, attack = { num_steps = 5 } }
+[[methods]]
+name = "bmtard"
+label = "other"
+teachers = ["clean", 2]
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "base.toml").write_text(BASE + TEACHERS)
+    (tmp_path / "file.toml").write_text(FILE)
+    return tmp_path
+
+
+def plan_of(path, names=None, *, overrides=(), **wishes):
+    request = with_wishes(read_request(path, names=names), Wishes(**wishes))
+    return make_plan(request, overrides=overrides)
+
+
+def sources(method):
+    return [table.source for table in method.recipe.teachers]
+
+
+def test_names_of_methods_replace_the_table_of_the_base(folder):
+    plan = plan_of(folder / "base.toml", "bmtard, trades,cross_entropy", seeds=2)
+    assert [method.label for method in plan.methods] == ["bmtard", "trades", "cross_entropy"]
+    assert plan.reference == "bmtard"
+    bmtard, trades, plain = plan.methods
+    assert bmtard.recipe.method.loss_scale == 1.0
+    assert bmtard.settings == "as in the base recipe"
+    assert trades.recipe.method.beta == 6.0
+    assert trades.attack.num_steps == 7
+    assert "attack.num_steps of the base recipe" in trades.settings
+    assert plain.attack is None
+    shared = [m.recipe.model_dump(exclude={"name", "method", "teachers"}) for m in plan.methods]
+    assert shared[0] == shared[1] == shared[2]
+
+
+def test_first_seeds_come_before_second_ones(folder):
+    plan = plan_of(folder / "base.toml", "trades,pgd_at", seeds=2)
+    names = ["trades-seed7", "pgd_at-seed7", "trades-seed8", "pgd_at-seed8"]
+    assert [run.name for run in plan.runs] == names
+    assert [run.recipe.seed for run in plan.runs] == [7, 7, 8, 8]
+
+
+def test_a_method_takes_the_first_teachers_that_it_needs(folder):
+    """PGD-AT none, ARD the first robust one."""
+    plan = plan_of(folder / "base.toml", "pgd_at,ard")
+    none, one = plan.methods
+    assert sources(none) == []
+    assert none.teachers == "none (3 of the base left out)"
+    assert sources(one) == ["tiny:first.pt"]
+    assert one.teachers == "robust first.pt (2 of the base left out)"
+
+
+def test_a_comparison_file(folder):
+    plan = plan_of(folder / "file.toml")
+    trades, mild, other = plan.methods
+    assert plan.reference == "mild"
+    assert [len(method.recipes) for method in plan.methods] == [3, 2, 3]
+    assert trades.recipe.training.epochs == 2
+    assert (mild.recipe.method.beta, mild.attack.num_steps) == (1.0, 5)
+    assert mild.settings.endswith("set here: beta, attack")
+    assert sources(other) == ["tiny:clean.pt", "tiny:second.pt"]
+    assert other.recipe.method.loss_scale == 1.0
+    assert plan.verification.samples == 50
+    assert plan.verification.cascade_samples == 300
+    assert any("budget" in note for note in plan.notes)
+    assert any("different numbers of seeds" in note for note in plan.notes)
+
+
+def test_the_command_line_goes_before_the_file(folder):
+    wishes = {"seeds": 1, "reference": "trades", "samples": 9}
+    plan = plan_of(folder / "file.toml", "mild,trades", overrides=["data.image_size=9"], **wishes)
+    assert [method.label for method in plan.methods] == ["mild", "trades"]
+    assert plan.reference == "trades"
+    assert plan.verification.samples == 9
+    assert {method.recipe.data.image_size for method in plan.methods} == {9}
+    assert any("One seed" in note for note in plan.notes)
+
+
+def test_every_method_that_does_not_fit_is_named(folder):
+    (folder / "base.toml").write_text(BASE)
+    with pytest.raises(RecipeError, match="nothing was run") as caught:
+        plan_of(folder / "base.toml", "bmtard,trades,ard,nonsense")
+    message = str(caught.value)
+    assert "bmtard: 1 problem in the recipe" in message or "bmtard: 2 problem" in message
+    assert "ard: 1 problem" in message
+    assert "takes 1 robust teacher, the recipe has 0" in message
+    assert "there is no method 'nonsense'; use" in message
+    assert "trades:" not in message
+
+
+BAD = {
+    "no such key": ("[base]\nrecipe='base.toml'\nx=1\n[[methods]]\nname='trades'", "base.x: unkn"),
+    "no methods": ("[base]\nrecipe='base.toml'", "methods: is missing"),
+    "no method at all": (
+        "methods=[]\n[base]\nrecipe='base.toml'",
+        "methods: must have at least one table",
+    ),
+    "no base": ("[[methods]]\nname='trades'", "base: is missing"),
+    "twice": ("[base]\nrecipe='base.toml'\n" + 2 * "[[methods]]\nname='trades'\n", "two methods"),
+    "a label with a slash": (
+        "[base]\nrecipe='base.toml'\n[[methods]]\nname='trades'\nlabel='../x'",
+        "methods.0.label: must be of letters",
+    ),
+    "an unknown setting": (
+        "[base]\nrecipe='base.toml'\n[[methods]]\nname='trades'\nsettings={gamma=1}",
+        "method.gamma: unknown key",
+    ),
+    "a teacher too far": (
+        "[base]\nrecipe='base.toml'\n[[methods]]\nname='ard'\nteachers=[3]",
+        "names place 3, counted from 0; the base recipe has 3 teachers",
+    ),
+    "a teacher too many": (
+        "[base]\nrecipe='base.toml'\n[[methods]]\nname='ard'\nteachers=['clean', 'clean']",
+        "has 1 clean teachers, fewer than",
+    ),
+    "a teacher twice": (
+        "[base]\nrecipe='base.toml'\n[[methods]]\nname='ard'\nteachers=['robust', 0]",
+        "names a teacher twice",
+    ),
+    "a role that does not fit": (
+        "[base]\nrecipe='base.toml'\n[[methods]]\nname='ard'\nteachers=['clean']",
+        "takes 1 robust teacher, the recipe has 0",
+    ),
+    "a base that is not there": (
+        "[base]\nrecipe='other.toml'\n[[methods]]\nname='trades'",
+        "other.toml does not exist",
+    ),
+    "no image": (
+        "[base]\nrecipe='base.toml'\n[verification]\nsamples=-1\n[[methods]]\nname='trades'",
+        "verification.samples: must be greater than or equal to 0",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_files_are_explained(case, folder):
+    text, expected = BAD[case]
+    (folder / "bad.toml").write_text(text)
+    with pytest.raises(RecipeError) as caught:
+        plan_of(folder / "bad.toml")
+    assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("teachers", "expected"),
+    [
+        ("teachers = 3", "not a list of [[teachers]] tables"),
+        ("[[teachers]]\nsource = 'tiny:a.pt'", "teachers.0.role is None; use clean or robust"),
+    ],
+)
+def test_bad_teachers_are_explained(teachers, expected, folder):
+    place = (teachers + BASE) if teachers.startswith("teachers") else BASE + teachers
+    (folder / "base.toml").write_text(place)
+    with pytest.raises(RecipeError) as caught:
+        plan_of(folder / "base.toml", "trades")
+    assert expected in str(caught.value)
+
+
+def test_bad_wishes_are_refused(folder):
+    with pytest.raises(UsageError, match="--methods bmtard,trades"):
+        plan_of(folder / "base.toml")
+    with pytest.raises(UsageError, match="names no method"):
+        plan_of(folder / "base.toml", " , ")
+    with pytest.raises(UsageError, match="no such label; it has trades, mild, other"):
+        plan_of(folder / "file.toml", "bmtard")
+    with pytest.raises(UsageError, match="no method 'x' to refer to; use trades"):
+        plan_of(folder / "base.toml", "trades", reference="x")

@@ -1,0 +1,237 @@
+"""A result in every form: it says what it knows, and not more."""
+
+import csv
+import io
+import re
+from xml.etree import ElementTree
+
+import pytest
+
+from compressor.comparison.result import (
+    METRICS,
+    ComparisonResult,
+    MethodRow,
+    Paired,
+    PassRow,
+    RunRow,
+    Score,
+    read_result,
+    write_result,
+)
+from compressor.comparison.statistics import PairedTest
+from compressor.comparison.summary import verdict_of
+from compressor.comparison.tables import (
+    main_cells,
+    paired_cells,
+    seconds_text,
+    to_csv,
+    to_latex,
+    to_markdown,
+)
+from compressor.errors import RunError
+from compressor.reports.comparison_picture import comparison_picture, standalone_svg
+from compressor.reports.svg import ACCENT, LINE
+
+HOSTILE = "a|b_c*<script>&%$"
+
+
+def score(metric, values, num_images=1000):
+    mean = sum(values) / len(values)
+    spread = None if len(values) == 1 else abs(values[1] - values[0]) / 2**0.5
+    has_interval = metric != "w_robust"
+    return Score(
+        metric=metric,
+        num_images=num_images,
+        seeds=tuple(range(len(values))),
+        values=tuple(values),
+        mean=mean,
+        sample_sd=spread,
+        low_95=max(0.0, mean - 0.03) if has_interval else None,
+        high_95=min(1.0, mean + 0.03) if has_interval else None,
+    )
+
+
+def pair(metric="cw_inf", verdict="better weights", p_value_holm=0.01, over_seeds=(-0.2, 0.3)):
+    return Paired(
+        metric=metric,
+        num_images=1000,
+        seeds=(0, 1),
+        differences=(0.04, 0.06),
+        mean=0.05,
+        over_seeds_low_95=over_seeds[0],
+        over_seeds_high_95=over_seeds[1],
+        p_value=p_value_holm / 4,
+        p_value_holm=p_value_holm,
+        verdict=verdict,
+    )
+
+
+def run_row(seed, status="measured", reason=""):
+    return RunRow(
+        seed=seed,
+        recipe_id="0" * 64,
+        status=status,
+        reason=reason,
+        model_sha256="1" * 64,
+        selected_epoch=3,
+        training_seconds=90.0 if status == "measured" else None,
+        trained_on="cpu, float32",
+    )
+
+
+def method(label, scores=(), paired=(), runs=None):
+    return MethodRow(
+        label=label,
+        name="trades",
+        settings={"name": "trades", "beta": 6.0},
+        origin="defaults",
+        teachers="none",
+        passes=PassRow(
+            student_forwards=13, student_backwards=12, teacher_forwards=0, teacher_backwards=0
+        ),
+        runs=runs or (run_row(0), run_row(1)),
+        scores=tuple(scores),
+        paired=tuple(paired),
+    )
+
+
+def result_of(*methods, reference=None, notes=()):
+    return ComparisonResult(
+        name="test",
+        reference=reference or methods[0].label,
+        protocol={"training": {"epochs": 8}, "student": {"architecture": "tiny", "width": 1.0}},
+        methods=methods,
+        notes=notes,
+        environment={},
+    )
+
+
+@pytest.fixture
+def result():
+    def scores(low):
+        return [score(metric, (low, low + 0.02)) for metric in METRICS]
+
+    return result_of(
+        method("base", scores(0.4)),
+        method(HOSTILE[:20], scores(0.45), [pair()]),
+        method(
+            "broken", [score("clean", (0.5,))], runs=(run_row(0), run_row(1, "failed", "no number"))
+        ),
+        notes=(f"careful: {HOSTILE}",),
+    )
+
+
+def test_cells_have_spread_and_n(result):
+    header, rows = main_cells(result)
+    assert header[2] == "clean (n = 1,000)"
+    assert rows[0][:3] == ("base", "2 of 2", "41.00 ± 1.41")
+    assert rows[0][-3:] == ("1 min 30 s", "13 + 12", "0 + 0")
+    assert rows[2][:4] == ("broken", "1 of 2", "50.00", "-")
+
+
+def test_tests_have_signs_and_verdicts(result):
+    _, rows = paired_cells(result)
+    assert rows[0][1:] == (
+        *("CW_inf", "1,000", "2", "+5.00", "−20.0 to 30.0"),
+        *("0.0025", "0.01", "better weights"),
+    )
+    assert result.num_tests == 1
+
+
+def test_markdown_escapes_strangers(result):
+    text = to_markdown(result)
+    assert not re.search(r"(?<!\\)[<*]", text)
+    table = [line for line in text.splitlines() if line.startswith("|")]
+    bars = {len(re.findall(r"(?<!\\)\|", line)) for line in table[:5]}
+    assert bars == {len(main_cells(result)[0]) + 1}
+    assert "## Against base" in text
+
+
+def test_csv_has_a_column_for_each_number(result):
+    rows = list(csv.DictReader(io.StringIO(to_csv(result))))
+    assert [row["label"] for row in rows] == [row.label for row in result.methods]
+    assert float(rows[1]["cw_inf_vs_reference_p_value_holm"]) == 0.01
+    assert float(rows[0]["clean_mean"]) == pytest.approx(0.41)
+    assert rows[2]["autoattack_mean"] == ""
+    assert all(None not in row.values() for row in rows)
+
+
+def test_latex_is_balanced_and_escaped(result):
+    text = to_latex(result)
+    lines = [line for line in text.splitlines() if line.endswith("\\\\")]
+    assert {len(re.findall(r"(?<!\\)&", line)) for line in lines} == {len(METRICS) + 2}
+    assert "b\\_c" in text
+    assert text.count("$^\\dagger$") == 1
+    assert text.count("\\begin") == text.count("\\end") == 1
+
+
+def test_a_result_survives_its_file(result, tmp_path):
+    write_result(result, tmp_path / "result.json")
+    assert read_result(tmp_path / "result.json") == result
+    text = (tmp_path / "result.json").read_text().replace('"schema_version": 1', '"schema": 2')
+    (tmp_path / "result.json").write_text(text)
+    with pytest.raises(RunError, match="not a comparison of schema 1"):
+        read_result(tmp_path / "result.json")
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"p_value_holm": 0.001, "p_value": 0.01}, "cannot be smaller"),
+        ({"p_value_holm": 0.2, "p_value": 0.1}, "better weights at p"),
+        ({"verdict": "better"}, "over the seeds"),
+    ],
+)
+def test_claims_beyond_the_evidence_are_refused(change, expected):
+    with pytest.raises(ValueError, match=expected):
+        Paired.model_validate(pair().model_dump() | change)
+
+
+@pytest.mark.parametrize(
+    ("differences", "p_value_holm", "expected"),
+    [
+        ((0.05, 0.051, 0.049), 0.01, "better"),
+        ((-0.05, -0.051, -0.049), 0.01, "worse"),
+        ((0.05, 0.051, 0.049), 0.06, "not shown"),
+        ((0.05, 0.01), 0.01, "better weights"),
+        ((0.05,), 0.0001, "better weights"),
+        ((-0.05, 0.01), 0.01, "worse weights"),
+    ],
+)
+def test_verdicts(differences, p_value_holm, expected):
+    test = PairedTest(num_images=100, differences=differences, p_value=p_value_holm / 2)
+    assert verdict_of(test, p_value_holm) == expected
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(None, "-"), (1.25, "1.2 s"), (59.94, "59.9 s"), (200, "3 min 20 s"), (7500, "2 h 05 min")],
+)
+def test_seconds_are_readable(seconds, text):
+    assert seconds_text(seconds) == text
+
+
+# The picture
+
+
+def test_the_picture_has_a_point_for_each_method_and_dots_for_seeds(result):
+    picture = comparison_picture(result)
+    assert "base: 41.00 % (mean of 2 seeds, n = 1,000) clean" in picture.alt
+    assert "broken" not in picture.alt
+    root = ElementTree.fromstring(standalone_svg(picture))
+    assert root.find("{http://www.w3.org/2000/svg}title").text == picture.alt
+    assert "prefers-color-scheme:dark" in standalone_svg(picture)
+    assert not {ACCENT, LINE} & set(re.findall(r"#\w{6}", picture.svg))
+    assert picture == comparison_picture(result)
+
+
+def test_no_picture_of_one_method(result):
+    assert comparison_picture(result_of(*result.methods[::2])) is None
+
+
+def test_cw_is_drawn_where_the_cascade_was_not_run(result):
+    methods = [
+        row.model_copy(update={"scores": tuple(s for s in row.scores if s.metric != "autoattack")})
+        for row in result.methods
+    ]
+    assert "CW_inf accuracy" in comparison_picture(result_of(*methods)).alt

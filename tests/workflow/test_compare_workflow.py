@@ -1,0 +1,255 @@
+"""Two methods with two seeds: killed, interrupted, gone on with, and never done twice."""
+
+import functools
+import os
+import signal
+from contextlib import contextmanager
+
+import pytest
+
+from compressor import comparison_workflow, training_workflow, verification_workflow
+from compressor.comparison.folder import ComparisonFolder
+from compressor.comparison.measuring import ImageCounts, find_measured
+from compressor.comparison.passes import count_passes
+from compressor.comparison.plan import make_plan
+from compressor.comparison.request import read_request
+from compressor.comparison.result import METRICS, read_result
+from compressor.comparison.runs import HowToRun
+from compressor.comparison_workflow import compare, prepare_comparison
+from compressor.errors import CheckpointError, InterruptedRunError
+from compressor.gate.paired import holm
+from compressor.interruption import StopWish
+from compressor.networks import NetworkSpec, build_classifier, save_classifier
+from compressor.performance_settings import PerformanceSettings
+from compressor.run_directory import RunDirectory, read_json
+
+BASE = """
+name = "tiny"
+[threat]
+epsilon_pixels = "32/255"
+[data]
+source = "digits"
+validation_size = 50
+training_size = 400
+crop_padding_pixels = 0
+horizontal_flip = false
+[student]
+architecture = "tiny"
+width = 0.5
+[method]
+name = "bmtard"
+[method.attack]
+num_steps = 1
+step_size_pixels = "32/255"
+[[teachers]]
+role = "clean"
+source = "{folder}/teacher.safetensors"
+[[teachers]]
+role = "robust"
+source = "{folder}/teacher.safetensors"
+[training]
+epochs = 2
+batch_size = 50
+learning_rate = 0.05
+[selection]
+num_steps = 1
+"""
+FILE = """
+seeds = 2
+[base]
+recipe = "base.toml"
+[verification]
+clean_samples = 40
+samples = 12
+cascade_samples = 3
+[[methods]]
+name = "bmtard"
+[[methods]]
+name = "trades"
+"""
+SETTINGS = PerformanceSettings(
+    device="cpu", training_dtype="float32", num_threads=1, log_every_steps=1
+)
+PARTS = ("training", "clean", "white_box", "cascade")
+RUNS = ("bmtard-seed0", "trades-seed0", "bmtard-seed1", "trades-seed1")
+EVERYTHING = [(run, part) for run in RUNS for part in PARTS]
+
+
+@contextmanager
+def no_signals():
+    yield StopWish()
+
+
+@pytest.fixture(autouse=True)
+def without_pictures(monkeypatch):
+    """They take longer than everything else together, and other tests look at them."""
+    monkeypatch.setattr(verification_workflow, "write_html", lambda *_, **__: None)
+    monkeypatch.setattr(training_workflow, "write_curves", lambda *_, **__: None)
+    few = functools.partial(count_passes, num_moments=1)
+    monkeypatch.setattr(comparison_workflow, "count_passes", few)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, one_thread):
+    folder = tmp_path_factory.mktemp("compared")
+    spec = NetworkSpec(architecture="tiny", num_classes=10, image_shape=(1, 8, 8))
+    save_classifier(folder / "teacher.safetensors", build_classifier(spec, seed=1), spec, {})
+    (folder / "base.toml").write_text(BASE.format(folder=folder))
+    (folder / "file.toml").write_text(FILE)
+    return folder
+
+
+def prepared(folder, *, signals=no_signals, names=None, overrides=(), retry=False, out="out"):
+    plan = make_plan(read_request(folder / "file.toml", names=names), overrides=overrides)
+    how = HowToRun(
+        settings=SETTINGS, command="again", signals=signals, accept_teachers=True, retry=retry
+    )
+    return prepare_comparison(plan, ComparisonFolder(folder / out), how)
+
+
+def left(comparison):
+    """(run, part) of everything that is not finished."""
+    return [
+        (work.planned.name, part)
+        for work in comparison.work
+        for part in sorted(work.seconds, key=PARTS.index)
+    ]
+
+
+def run(comparison, *, at=lambda event: None):
+    """The result, and the parts that were begun for it."""
+    seen = []
+
+    def observe(event):
+        if event.part and (event.run, event.part) not in seen:
+            seen.append((event.run, event.part))
+        at(event)
+
+    return compare(comparison, observe=observe), seen
+
+
+def in_a_process_that_is_killed(comparison, *, at):
+    """What `kill -9` leaves behind at the beginning of one part."""
+    child = os.fork()
+    if child == 0:
+
+        def kill(event):
+            if (event.run, event.part) == at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        run(comparison, at=kill)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.WTERMSIG(status) == signal.SIGKILL
+
+
+def files_of(folder, *, kinds=("model.safetensors", "report*.json", "clean.json")):
+    out = folder / "out"
+    return {p: p.stat().st_mtime_ns for kind in kinds for p in out.rglob(kind)}
+
+
+@pytest.mark.workflow
+def test_killed_interrupted_and_gone_on_with(folder):
+    comparison = prepared(folder)
+    assert left(comparison) == EVERYTHING
+    in_a_process_that_is_killed(comparison, at=("trades-seed0", "cascade"))
+    after_kill = files_of(folder)
+
+    wish = StopWish()
+
+    @contextmanager
+    def stopping():
+        yield wish
+
+    def stop(event):
+        if event.part_fraction > 0.5 and (event.run, event.part) == ("bmtard-seed1", "training"):
+            wish.signal_number = signal.SIGINT
+
+    comparison = prepared(folder, signals=stopping)
+    assert left(comparison) == EVERYTHING[EVERYTHING.index(("trades-seed0", "cascade")) :]
+    with pytest.raises(InterruptedRunError, match="again"):
+        run(comparison, at=stop)
+    partial = read_result(comparison.folder.result)
+    assert [row.num_measured for row in partial.methods] == [1, 1]
+    assert any("bmtard, seed 1: not run yet" in note for note in partial.notes)
+
+    result, seen = run(prepared(folder))
+    assert seen == EVERYTHING[EVERYTHING.index(("bmtard-seed1", "training")) :]
+    now = files_of(folder)
+    assert {path: now[path] for path in after_kill} == after_kill
+    assert result == read_result(comparison.folder.result)
+    again, seen = run(prepared(folder))
+    assert (again, seen) == (result, [])
+    assert files_of(folder) == now
+    check_result(result)
+    check_w_robust(result, folder)
+
+
+def check_w_robust(result, folder):
+    """On the images of the cascade; the score takes its clean part from all clean images."""
+    images = ImageCounts(clean=40, white_box=12, cascade=3)
+    place = ComparisonFolder(folder / "out")
+
+    def both(name):
+        run = RunDirectory(place.run(name))
+        sha256 = read_json(place.clean(name))["content_sha256"]
+        found = find_measured(run, place, images=images, test_sha256=sha256)
+        robust = found.cascade.worst_case.proportion.fraction
+        on_cascade = found.cascade.clean.proportion.fraction
+        return (on_cascade + robust) / 2, (found.clean.proportion.fraction + robust) / 2
+
+    ours, theirs = both("trades-seed0"), both("bmtard-seed0")
+    assert result.methods[1].pair("w_robust").differences[0] == pytest.approx(ours[0] - theirs[0])
+    assert result.methods[1].score("w_robust").values[0] == pytest.approx(ours[1])
+
+
+def check_result(result):
+    bmtard, trades = result.methods
+    assert [row.num_measured for row in result.methods] == [2, 2]
+    assert {score.metric for score in bmtard.scores} == set(METRICS)
+    assert [bmtard.score(m).num_images for m in METRICS] == [40, 12, 12, 12, 3, 3]
+    assert [pair.metric for pair in trades.paired] == list(METRICS)
+    assert not bmtard.paired
+    corrected = holm([pair.p_value for pair in trades.paired])
+    assert [pair.p_value_holm for pair in trades.paired] == pytest.approx(corrected)
+    clean = [trades.score("clean").mean, bmtard.score("clean").mean]
+    assert trades.pair("clean").mean == pytest.approx(clean[0] - clean[1])
+    assert bmtard.passes.teacher_forwards == 2
+    assert all(row.training_seconds > 0 for row in result.methods)
+    assert str(result.protocol).count("/") == 0
+
+
+@pytest.mark.workflow
+def test_other_recipes_and_other_teachers_are_refused(folder):
+    """After the test above, whose runs are there."""
+    with pytest.raises(CheckpointError, match="another recipe"):
+        prepared(folder, overrides=["training.epochs=1"])
+    content = (folder / "teacher.safetensors").read_bytes()
+    spec = NetworkSpec(architecture="tiny", num_classes=10, image_shape=(1, 8, 8))
+    save_classifier(folder / "teacher.safetensors", build_classifier(spec, seed=2), spec, {})
+    try:
+        with pytest.raises(CheckpointError, match="its teachers were"):
+            prepared(folder)
+    finally:
+        (folder / "teacher.safetensors").write_bytes(content)
+    assert left(prepared(folder)) == []
+
+
+@pytest.mark.workflow
+def test_one_failure_does_not_stop_the_others(folder):
+    """With such a rate the loss of TRADES is soon no number, and that is its result."""
+    changes = {"out": "failing", "overrides": ["training.learning_rate=1e30"]}
+    (folder / "file.toml").write_text(
+        FILE.replace("seeds = 2", "seeds = 1").replace("cascade_samples = 3", "cascade_samples = 0")
+    )
+    try:
+        comparison = prepared(folder, **changes)
+        result, seen = run(comparison)
+        assert {row.runs[0].status for row in result.methods} == {"failed"}
+        assert "not finite" in result.methods[1].runs[0].reason
+        assert sum("failed" in note for note in result.notes) == 2
+        assert [part for _, part in seen] == ["training"] * 2
+        assert left(prepared(folder, **changes)) == []
+        assert ("trades-seed0", "training") in left(prepared(folder, retry=True, **changes))
+    finally:
+        (folder / "file.toml").write_text(FILE)
