@@ -35,7 +35,7 @@ def test_demo_prints_and_writes_its_tables(demo, tmp_path, monkeypatch, capsys):
     assert "n = 497" in printed
     assert "AutoAttack-style" in printed
     assert re.search(r"^(PASS|FAIL|INCONCLUSIVE|INVALID) ", printed, flags=re.MULTILINE)
-    assert "same label clean:       100.00 % (200 of 200)" in printed
+    assert "same label clean:       100.00 % (100 of 100)" in printed
     assert str(tmp_path) not in written.read_text()
 
 
