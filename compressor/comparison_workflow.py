@@ -29,7 +29,7 @@ from compressor.recipe import TeacherRecipe
 from compressor.reports.comparison_picture import comparison_picture, standalone_svg
 from compressor.run_directory import RunDirectory, write_text_atomically
 from compressor.schedules import num_steps_of
-from compressor.teachers import Teacher
+from compressor.teacher import Teacher
 from compressor.training_workflow import load_teachers
 
 

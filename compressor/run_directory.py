@@ -11,8 +11,6 @@ A run on disk::
 
 import fcntl
 import json
-import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -20,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from compressor import atomic_folder
+from compressor.device import kit_files
 from compressor.errors import RunError
 from compressor.reports.files import ReportFiles
 
@@ -58,13 +57,7 @@ class RunDirectory:
         Raises:
             RunError: if it cannot be made.
         """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise RunError(
-                f"the run folder {self.path} cannot be made: {error.strerror}; "
-                "choose another with --out"
-            ) from None
+        make_folder(self.path, called="run folder")
 
     @classmethod
     def open(cls, path: Path) -> "RunDirectory":
@@ -207,6 +200,20 @@ def _holds_something(folder: Path) -> bool:
     return any(path.name not in leftovers for path in folder.iterdir())
 
 
+def make_folder(path: Path, *, called: str) -> None:
+    """Make a folder of results, where it is not there yet.
+
+    Raises:
+        RunError: if it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(
+            f"the {called} {path} cannot be made: {error.strerror}; choose another with --out"
+        ) from None
+
+
 def write_text_atomically(path: Path, text: str) -> None:
     """Write a text file in UTF-8 that is either there as a whole or not at all."""
     write_bytes_atomically(path, text.encode())
@@ -220,17 +227,7 @@ def write_bytes_atomically(path: Path, content: bytes) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_folder.failures_named(path):
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            Path(name).chmod(0o644)
-            Path(name).replace(path)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
+        kit_files.write_atomically(path, content)
 
 
 def write_json_atomically(path: Path, value: object) -> None:

@@ -9,7 +9,7 @@ from compressor.attacks.protocol import Attack
 from compressor.data import Batch
 from compressor.errors import TeacherError
 from compressor.proportions import Proportion
-from compressor.teachers import Teacher
+from compressor.teacher import Teacher
 
 _CONFIDENCE = 0.99
 _ROBUST_FLOOR = 0.02

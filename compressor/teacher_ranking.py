@@ -15,8 +15,8 @@ from compressor.attacks.apgd import APGD
 from compressor.attacks.draws import KeyedDraws
 from compressor.data import Batch
 from compressor.randomness import child_keys
+from compressor.teacher import Teacher
 from compressor.teacher_check import refuse_not_finite
-from compressor.teachers import Teacher
 from compressor.threat import ThreatModel
 
 _OBSERVE_EVERY_SECONDS = 0.2

@@ -13,6 +13,7 @@ from torch import Tensor
 from compressor.proportions import Proportion
 from compressor.reports.report import Count
 from compressor.reports.teacher_ranking import ChosenTeachers, RankedTeacher, Seen, TransferCell
+from compressor.teacher import Teacher
 from compressor.teacher_choice import (
     MAX_SUBSETS,
     ROBUST_FLOOR,
@@ -23,7 +24,6 @@ from compressor.teacher_choice import (
     robust_places,
 )
 from compressor.teacher_ranking import Measured
-from compressor.teachers import Teacher
 
 _NUM_RESAMPLES = 200
 _SUSPICIOUS_SHARE = 0.05

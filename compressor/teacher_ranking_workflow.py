@@ -21,6 +21,7 @@ from compressor.recipe import DataRecipe, Recipe, TeacherRecipe
 from compressor.recipe_file import load_recipe
 from compressor.reports.teacher_ranking import Seen, TeacherRanking
 from compressor.run_directory import RunDirectory, read_facts
+from compressor.teacher import Teacher
 from compressor.teacher_ranking import RankingProgress, measure_teachers
 from compressor.teacher_ranking_record import (
     Found,
@@ -29,7 +30,7 @@ from compressor.teacher_ranking_record import (
     recommend,
     transfer_cells,
 )
-from compressor.teachers import Teacher, load_model
+from compressor.teachers import load_model
 from compressor.threat import DEFAULT_THREAT, ThreatModel
 from compressor.verification.request import fitting_batch_size
 

@@ -33,8 +33,9 @@ from compressor.run_facts import (
 )
 from compressor.schedules import num_steps_of
 from compressor.student import Student
+from compressor.teacher import Teacher
 from compressor.teacher_check import TeacherCheck, check_teacher, refuse_unfit
-from compressor.teachers import Teacher, load_teacher
+from compressor.teachers import load_teacher
 from compressor.trainer import Training, fit, trained_tensors
 from compressor.weights import sha256_of_file
 

@@ -19,7 +19,7 @@ from compressor.networks import build_classifier
 from compressor.performance import Performance
 from compressor.recipe import Recipe
 from compressor.student import Student
-from compressor.teachers import Teacher
+from compressor.teacher import Teacher
 from compressor.training_workflow import network_spec
 
 _BATCH_SIZE = 64

@@ -11,8 +11,8 @@ A comparison on disk::
 from dataclasses import dataclass
 from pathlib import Path
 
-from compressor.errors import RunError
 from compressor.reports.files import ReportFiles
+from compressor.run_directory import make_folder
 
 
 @dataclass(frozen=True)
@@ -27,13 +27,7 @@ class ComparisonFolder:
         Raises:
             RunError: if it cannot be made.
         """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise RunError(
-                f"the folder {self.path} cannot be made: {error.strerror}; choose another with "
-                "--out"
-            ) from None
+        make_folder(self.path, called="folder")
 
     def run(self, name: str) -> Path:
         """The run of that name."""

@@ -4,7 +4,7 @@ Needs no torch.
 """
 
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from compressor.reports.consistency import WRONG_CLEAN
 from compressor.reports.files import ReportFiles
 from compressor.reports.report import RobustnessReport, Status, read_report
 from compressor.run_directory import read_json, write_json_atomically
+from compressor.threat import ThreatModel
 
 WHITE_BOX = ("pgd_sat", "pgd_trades", "cw_inf")
 CASCADE = ("apgd_ce", "apgd_t", "fab_t", "square")
@@ -77,6 +78,27 @@ class Subject:
     """Of the test images."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Examination:
+    """What a verification must have tried, to be of use."""
+
+    threat: ThreatModel
+    attacks: tuple[str, ...]
+    num_images: int
+    protocol: str
+    """What the worst case over the attacks is called, which tells the mode."""
+
+    def is_of(self, report: RobustnessReport) -> bool:
+        """Whether a finished report tried exactly this, on images drawn by seed 0."""
+        return (
+            ThreatModel(norm=report.norm, epsilon_pixels=report.epsilon_pixels) == self.threat
+            and tuple(row.name for row in report.attacks) == self.attacks
+            and report.clean.num_total == self.num_images
+            and report.protocol == self.protocol
+            and (report.seed, report.looks, report.is_complete) == (0, "one", True)
+        )
+
+
 def write_clean(path: Path, answers: CleanAnswers) -> None:
     """As a whole or not at all."""
     write_json_atomically(path, answers.model_dump(mode="json"))
@@ -98,11 +120,9 @@ def find_attacked(
     folder: ComparisonFolder,
     name: str,
     subject: Subject,
-    *,
-    attacks: Sequence[str],
-    num_images: int,
+    asked: Examination,
 ) -> Attacked | None:
-    """The finished verification of this very model by these attacks, if it is there."""
+    """The verification of this very model that tried what was asked, if it is there."""
     for files in folder.reports(name):
         try:
             report = read_report(files.json)
@@ -111,9 +131,7 @@ def find_attacked(
         known = Subject(
             model_sha256=report.target.sha256, content_sha256=report.data.content_sha256
         )
-        names = tuple(row.name for row in report.attacks)
-        is_asked = known == subject and names == tuple(attacks) and report.seed == 0
-        if is_asked and report.is_complete and report.clean.num_total == num_images:
+        if known == subject and asked.is_of(report):
             return read_attacked(report, files)
     return None
 

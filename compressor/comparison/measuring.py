@@ -6,12 +6,14 @@ from pathlib import Path
 
 import torch
 
+from compressor.attacks.stages import protocol_of
 from compressor.comparison.folder import ComparisonFolder
 from compressor.comparison.measurements import (
     CASCADE,
     WHITE_BOX,
     Attacked,
     CleanAnswers,
+    Examination,
     Standing,
     Subject,
     find_attacked,
@@ -86,8 +88,19 @@ def find_measured(
     model_sha256 = read_facts(run)["model_sha256"]
     subject = Subject(model_sha256=model_sha256, content_sha256=test_sha256)
     name = run.path.name
+    threat = load_recipe(run.resolved_recipe).threat.build()
     attacked = {
-        part: find_attacked(folder, name, subject, attacks=attacks, num_images=num_images)
+        part: find_attacked(
+            folder,
+            name,
+            subject,
+            Examination(
+                threat=threat,
+                attacks=tuple(attacks),
+                num_images=num_images,
+                protocol=protocol_of(attacks, "fast"),
+            ),
+        )
         for part, attacks, num_images in images.attacks
     }
     clean = find_clean(folder.clean(name), subject, num_images=images.clean)

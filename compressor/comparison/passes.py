@@ -21,7 +21,7 @@ from compressor.performance import Performance
 from compressor.randomness import sample_keys
 from compressor.recipe import Recipe
 from compressor.student import Student
-from compressor.teachers import Teacher
+from compressor.teacher import Teacher
 from compressor.training_workflow import student_network
 
 _NUM_MOMENTS = 20

@@ -6,11 +6,10 @@ Closed and versioned; a result that contradicts itself is refused. Needs no torc
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from compressor.closed_table import ClosedTable, Count, TupleOf
-from compressor.errors import RunError
-from compressor.run_directory import read_json, write_json_atomically
+from compressor.records import read_record, write_record
 
 Metric = Literal["clean", "pgd_sat", "pgd_trades", "cw_inf", "autoattack", "w_robust"]
 METRICS: tuple[Metric, ...] = (
@@ -186,7 +185,7 @@ class ComparisonResult(ClosedTable):
 
 def write_result(result: ComparisonResult, path: Path) -> None:
     """As JSON, as a whole or not at all."""
-    write_json_atomically(path, result.model_dump(mode="json"))
+    write_record(result, path)
 
 
 def read_result(path: Path) -> ComparisonResult:
@@ -195,12 +194,9 @@ def read_result(path: Path) -> ComparisonResult:
     Raises:
         RunError: if it is missing, damaged or of another schema.
     """
-    try:
-        return ComparisonResult.model_validate(read_json(path))
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise RunError(
-            f"{path} is not a comparison of schema 1: {place}: {first['msg']}; the command that "
-            "made it writes it again"
-        ) from None
+    return read_record(
+        path,
+        ComparisonResult,
+        kind="comparison of schema 1",
+        remedy="the command that made it writes it again",
+    )

@@ -11,7 +11,7 @@ from compressor.losses import kl_divergence, kl_to_probabilities, temper
 from compressor.methods.protocol import Moment, NoState, Stateless, StepResult
 from compressor.methods.terms import weighted_sum
 from compressor.student import Student
-from compressor.teachers import Teacher
+from compressor.teacher import Teacher
 
 
 def disagreement(joint_logits_N2K: Tensor, y_N: Tensor) -> Tensor:

@@ -1,17 +1,14 @@
 """B-MTARD: balanced multi-teacher adversarial robustness distillation."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
-
-from torch import Tensor
 
 from compressor.attacks.protocol import Attack
 from compressor.balancers import LossWeightState, balance_loss_weights, balance_temperatures
 from compressor.data import Batch
 from compressor.methods.protocol import Moment, StepResult, WithoutTensors, read_back
-from compressor.methods.teacher_set import WEIGHT, TeacherSet, weighted_total
-from compressor.recipe import Role
+from compressor.methods.teacher_set import TeacherSet
 from compressor.student import Student
 
 
@@ -80,17 +77,10 @@ class BMTARD(WithoutTensors):
         self, student: Student, batch: Batch, state: BMTARDState, moment: Moment
     ) -> tuple[StepResult, BMTARDState]:
         """Attack, two passes of the student, one of each teacher; then balance and weigh."""
-        x, y = batch.x_NCHW, batch.y_N
-        x_adv = self.attack(student.evaluation_view(), x, y, keys_N=batch.keys_N)
-
-        # Two passes, the adversarial one first: the order decides the BatchNorm statistics.
-        student_logits: dict[Role, Tensor] = {
-            "robust": student.logits(x_adv),
-            "clean": student.logits(x),
-        }
         terms = self.teachers.terms(
-            {"robust": x_adv, "clean": x},
-            student_logits,
+            student,
+            batch,
+            attack=self.attack,
             temperatures=state.temperatures,
             loss_scale=self.loss_scale,
         )
@@ -109,16 +99,12 @@ class BMTARD(WithoutTensors):
             shares=self.teachers.shares,
             rate=self.weight_rate * moment.rate_factor,
         )
-        products = [weight * loss for weight, loss in zip(weighing.weights, losses, strict=True)]
+        result = self.teachers.weighed(terms, losses, weighing.weights)
+        entropies = [-value for value in negative_entropies]
         logged = {
-            "loss_nats": sum(products),
-            **self.teachers.logged("loss_nats", losses),
-            **self.teachers.logged(WEIGHT, weighing.weights),
+            **result.logged,
             **self.teachers.logged("temperature_ratio", state.temperatures),
-            **self.teachers.logged(
-                "teacher_entropy_nats", [-value for value in negative_entropies]
-            ),
+            **self.teachers.logged("teacher_entropy_nats", entropies),
         }
-        total = weighted_total(weighing.weights, terms.losses)
         next_state = BMTARDState(temperatures=temperatures, weights=weighing)
-        return StepResult(loss=total, logged=logged), next_state
+        return replace(result, logged=logged), next_state

@@ -38,7 +38,7 @@ from compressor.methods.teacher_modes import Answering, collected_statistics, dr
 from compressor.methods.teacher_set import TeacherSet
 from compressor.methods.trades import TRADES
 from compressor.recipe import Role
-from compressor.teachers import Teacher
+from compressor.teacher import Teacher
 from compressor.threat import ThreatModel
 
 _PAPER_TEMPERATURE_RATE = 0.001

@@ -19,7 +19,7 @@ from compressor.methods.bmtard import BMTARDState
 from compressor.methods.protocol import Moment, StepResult, read_back
 from compressor.methods.teacher_copy import Statistics, TeacherCopy
 from compressor.student import Student
-from compressor.teachers import Teacher
+from compressor.teacher import Teacher
 
 
 @dataclass(frozen=True, kw_only=True)

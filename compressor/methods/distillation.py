@@ -7,7 +7,7 @@ from compressor.losses import cross_entropy, softened_kl
 from compressor.methods.protocol import Moment, NoState, Stateless, StepResult
 from compressor.methods.terms import weighted_sum
 from compressor.student import Student
-from compressor.teachers import Teacher
+from compressor.teacher import Teacher
 
 
 @dataclass(frozen=True, kw_only=True)

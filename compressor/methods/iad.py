@@ -12,7 +12,7 @@ from compressor.method_recipes import SelfTarget, TeacherTrust
 from compressor.methods.protocol import Moment, NoState, Stateless, StepResult
 from compressor.methods.terms import weighted_sum
 from compressor.student import Student
-from compressor.teachers import Teacher
+from compressor.teacher import Teacher
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,14 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
 from compressor.attacks.protocol import Attack
 from compressor.balancers import LossWeightState, balance_loss_weights
 from compressor.data import Batch
 from compressor.methods.protocol import Moment, StepResult, WithoutTensors, read_back
-from compressor.methods.teacher_set import WEIGHT, TeacherSet, weighted_total
-from compressor.recipe import Role
+from compressor.methods.teacher_set import TeacherSet
 from compressor.student import Student
 
 
@@ -54,15 +51,10 @@ class MTARD(WithoutTensors):
         self, student: Student, batch: Batch, state: LossWeightState, moment: Moment
     ) -> tuple[StepResult, LossWeightState]:
         """Attack, two passes of the student, adversarial first, one of each teacher; then weigh."""
-        x, y = batch.x_NCHW, batch.y_N
-        x_adv = self.attack(student.evaluation_view(), x, y, keys_N=batch.keys_N)
-        student_logits: dict[Role, Tensor] = {
-            "robust": student.logits(x_adv),
-            "clean": student.logits(x),
-        }
         terms = self.teachers.terms(
-            {"robust": x_adv, "clean": x},
-            student_logits,
+            student,
+            batch,
+            attack=self.attack,
             temperatures=[1.0] * len(self.teachers.members),
             loss_scale=self.loss_scale,
         )
@@ -74,11 +66,4 @@ class MTARD(WithoutTensors):
             rate=self.weight_rate * moment.rate_factor,
             exponent=self.relative_loss_exponent,
         )
-        products = [weight * loss for weight, loss in zip(weighing.weights, losses, strict=True)]
-        logged = {
-            "loss_nats": sum(products),
-            **self.teachers.logged("loss_nats", losses),
-            **self.teachers.logged(WEIGHT, weighing.weights),
-        }
-        total = weighted_total(weighing.weights, terms.losses)
-        return StepResult(loss=total, logged=logged), weighing
+        return self.teachers.weighed(terms, losses, weighing.weights), weighing

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from compressor.performance import Performance
-from compressor.teachers import Teacher
+from compressor.teacher import Teacher
 
 Statistics = Literal["kept", "batch"]
 

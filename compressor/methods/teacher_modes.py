@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.errors import TeacherError
-from compressor.teachers import Teacher
+from compressor.teacher import Teacher
 
 _DRAWING_LAYERS = (
     nn.Dropout,

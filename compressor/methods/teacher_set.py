@@ -3,15 +3,19 @@
 N examples, K classes.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
+from compressor.attacks.protocol import Attack
+from compressor.data import Batch
 from compressor.logged_names import logged_name
 from compressor.losses import guarded_kl, guarded_negative_entropy, temper
+from compressor.methods.protocol import StepResult
 from compressor.recipe import Role
-from compressor.teachers import Teacher
+from compressor.student import Student
+from compressor.teacher import Teacher
 
 _ROLES: tuple[Role, ...] = ("robust", "clean")
 """Robust ones first, as in the released scripts."""
@@ -74,20 +78,27 @@ class TeacherSet:
 
     def terms(
         self,
-        images: Mapping[Role, Tensor],
-        student_logits: Mapping[Role, Tensor],
+        student: Student,
+        batch: Batch,
         *,
+        attack: Attack,
         temperatures: Sequence[float],
         loss_scale: float,
     ) -> TeacherTerms:
-        """Robust teachers on adversarial images, clean ones on clean images.
+        """Attack, then robust teachers on adversarial images and clean ones on clean images.
 
         Args:
-            images: [N, C, H, W] of each role.
-            student_logits: [N, K] of each role, with their graph.
+            student: in train mode.
+            batch: clean images and labels.
+            attack: on the student in eval mode.
             temperatures: of each member; of teachers only, and without a factor T squared.
             loss_scale: factor on the mean over the batch.
         """
+        x, y = batch.x_NCHW, batch.y_N
+        x_adv = attack(student.evaluation_view(), x, y, keys_N=batch.keys_N)
+        images: dict[Role, Tensor] = {"robust": x_adv, "clean": x}
+        # Two passes, the adversarial one first: the order decides the BatchNorm statistics.
+        student_logits = {role: student.logits(images[role]) for role in _ROLES}
         losses, negative_entropies = [], []
         for member, temperature in zip(self.members, temperatures, strict=True):
             role = member.teacher.role
@@ -119,8 +130,26 @@ class TeacherSet:
                 named[logged_name(role, quantity, position=place)] = value
         return named
 
+    def weighed(
+        self, terms: TeacherTerms, losses: Sequence[float], weights: Sequence[float]
+    ) -> StepResult:
+        """The weighted sum of the losses, and what is logged of it.
 
-def weighted_total(weights: Sequence[float], losses: Sequence[Tensor]) -> Tensor:
+        Args:
+            terms: of this batch.
+            losses: the same losses as floats.
+            weights: of each member.
+        """
+        products = [weight * loss for weight, loss in zip(weights, losses, strict=True)]
+        logged = {
+            "loss_nats": sum(products),
+            **self.logged("loss_nats", losses),
+            **self.logged(WEIGHT, weights),
+        }
+        return StepResult(loss=_weighted_total(weights, terms.losses), logged=logged)
+
+
+def _weighted_total(weights: Sequence[float], losses: Sequence[Tensor]) -> Tensor:
     """Sum of weight x loss, in the order given: the order decides the rounding."""
     total = weights[0] * losses[0]
     for weight, loss in zip(weights[1:], losses[1:], strict=True):

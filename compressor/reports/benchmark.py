@@ -8,12 +8,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from compressor.closed_table import ClosedTable, TupleOf
 from compressor.errors import RunError
+from compressor.records import read_record
 from compressor.reports.report import Count, Status
-from compressor.run_directory import read_json
 
 MIN_CALLS_P90, MIN_CALLS_P99 = 10, 100
 """From fewer calls, the percentile would be the slowest call or close to it."""
@@ -144,16 +144,9 @@ def read_benchmark(path: Path) -> Benchmark:
     Raises:
         RunError: if it is missing, damaged or of another schema.
     """
-    try:
-        if path.is_file() and path.stat().st_size > _MAX_FILE_BYTES:
-            raise RunError(f"{path} is larger than any benchmark; measure again")
-        return Benchmark.model_validate(read_json(path))
-    except ValidationError as error:
-        first = error.errors()[0]
-        said = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-    except ArithmeticError as error:  # counts for which no interval can be computed
-        said = str(error)
-    raise RunError(f"{path} is not a benchmark of schema 1: {said}; measure again")
+    if path.is_file() and path.stat().st_size > _MAX_FILE_BYTES:
+        raise RunError(f"{path} is larger than any benchmark; measure again")
+    return read_record(path, Benchmark, kind="benchmark of schema 1", remedy="measure again")
 
 
 def without_accuracy(benchmark: Benchmark, *, sha256: str) -> Benchmark:

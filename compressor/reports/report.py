@@ -8,12 +8,11 @@ samples, or a verified report with an alarm, are refused. Needs no torch. Forms 
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, model_validator
 
-from compressor.errors import RunError
 from compressor.proportions import Proportion
+from compressor.records import read_record, write_record
 from compressor.reports.consistency import WRONG_CLEAN, contradictions
-from compressor.run_directory import read_json, write_json_atomically
 from compressor.threat import Norm
 
 SCHEMA_VERSION = 2
@@ -291,7 +290,7 @@ def w_robust_fraction(clean: Count, robust: Count) -> float:
 
 def write_report(report: RobustnessReport, path: Path) -> None:
     """Write it as JSON, as a whole or not at all."""
-    write_json_atomically(path, report.model_dump(mode="json"))
+    write_record(report, path)
 
 
 def read_report(path: Path) -> RobustnessReport:
@@ -300,15 +299,12 @@ def read_report(path: Path) -> RobustnessReport:
     Raises:
         RunError: if it is missing, damaged or of another schema.
     """
-    try:
-        return RobustnessReport.model_validate(read_json(path))
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise RunError(
-            f"{path} is not a report of schema {SCHEMA_VERSION}: {place}: {first['msg']}; "
-            "write it again with `robust-compress verify RUN`"
-        ) from None
+    return read_record(
+        path,
+        RobustnessReport,
+        kind=f"report of schema {SCHEMA_VERSION}",
+        remedy="write it again with `robust-compress verify RUN`",
+    )
 
 
 def percent(count: Count) -> str:

@@ -29,7 +29,7 @@ from compressor.onnx_providers import Provider
 from compressor.performance import Performance, resolve_performance
 from compressor.performance_settings import PerformanceSettings
 from compressor.reports.files import ReportFiles
-from compressor.teachers import Teacher
+from compressor.teacher import Teacher
 from compressor.threat import DEFAULT_THREAT, Norm, ThreatModel, format_pixels
 from compressor.verification.cascade import Subject
 from compressor.verification.claimed_threat import claimed_threat

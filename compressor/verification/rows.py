@@ -26,7 +26,8 @@ from compressor.reports.report import (
     TrainingFacts,
 )
 from compressor.run_directory import RunDirectory, read_json
-from compressor.teachers import Teacher, load_teacher
+from compressor.teacher import Teacher
+from compressor.teachers import load_teacher
 from compressor.verification.samples import Sample
 from compressor.verification.target import Model, Target
 from compressor.verification.verification import Verification

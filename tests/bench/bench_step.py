@@ -35,7 +35,7 @@ from compressor.performance_settings import PerformanceSettings
 from compressor.randomness import sample_keys
 from compressor.run_directory import write_text_atomically
 from compressor.student import Student
-from compressor.teachers import Teacher
+from compressor.teacher import Teacher
 from compressor.threat import ThreatModel
 
 BATCH_SIZE = 128

@@ -373,7 +373,7 @@ def test_a_full_disk_is_explained_and_names_the_file(folder, capsys, monkeypatch
     def full(_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("compressor.run_directory.os.fsync", full)
+    monkeypatch.setattr("compressor.device.kit_files.os.fsync", full)
     before = files_below(folder)
     assert call(f"bench mine {QUICK} --batch-sizes 1") == ExitCode.KNOWN_ERROR
     err = words(capsys.readouterr().err)

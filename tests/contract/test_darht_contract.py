@@ -18,7 +18,7 @@ from compressor.networks import NetworkSpec, build_classifier
 from compressor.performance import Performance
 from compressor.randomness import sample_keys
 from compressor.student import Student
-from compressor.teachers import Teacher
+from compressor.teacher import Teacher
 from compressor.threat import ThreatModel
 
 ATTACK = DARHTAttackRecipe(num_steps=2, step_size_pixels=4 / 255)

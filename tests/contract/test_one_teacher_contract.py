@@ -23,7 +23,8 @@ from compressor.performance import Performance
 from compressor.recipe import TeacherRecipe
 from compressor.recipe_file import parse_recipe
 from compressor.student import Student
-from compressor.teachers import Teacher, load_teacher
+from compressor.teacher import Teacher
+from compressor.teachers import load_teacher
 from compressor.threat import ThreatModel
 from compressor.training_workflow import TrainingRequest, train
 from tests.onnx_files import linear_model

@@ -18,7 +18,8 @@ from compressor.networks import NetworkSpec, build_classifier
 from compressor.performance import Performance
 from compressor.recipe import TeacherRecipe
 from compressor.student import Student
-from compressor.teachers import Teacher, load_teacher
+from compressor.teacher import Teacher
+from compressor.teachers import load_teacher
 from compressor.threat import ThreatModel
 from tests.onnx_files import linear_model
 

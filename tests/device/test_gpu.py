@@ -26,7 +26,7 @@ from compressor.performance_settings import PerformanceSettings
 from compressor.randomness import sample_keys
 from compressor.recipe_file import parse_recipe
 from compressor.student import Student
-from compressor.teachers import Teacher
+from compressor.teacher import Teacher
 from compressor.threat import ThreatModel
 from compressor.training_workflow import TrainingRequest, train
 from compressor.verification.request import VerificationRequest

@@ -43,7 +43,7 @@ from compressor.performance_settings import PerformanceSettings
 from compressor.recipe_file import parse_recipe
 from compressor.selection import measure_on_validation
 from compressor.student import Student
-from compressor.teachers import Teacher
+from compressor.teacher import Teacher
 from compressor.threat import ThreatModel
 from compressor.trainer import Training, _train_step, trained_tensors
 from compressor.training_workflow import TrainingRequest, train

@@ -27,7 +27,7 @@ from compressor.methods.protocol import Moment
 from compressor.methods.rslad import RSLAD
 from compressor.performance import Performance
 from compressor.student import Student
-from compressor.teachers import Teacher
+from compressor.teacher import Teacher
 from compressor.threat import ThreatModel
 
 ORACLE = SimpleNamespace(**runpy.run_path(str(Path(__file__).parent / "one_teacher_oracle.py")))

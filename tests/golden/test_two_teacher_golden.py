@@ -17,7 +17,7 @@ from compressor.methods.teacher_copy import TeacherCopy
 from compressor.methods.teacher_set import TeacherSet
 from compressor.performance import Performance
 from compressor.student import Student
-from compressor.teachers import Teacher
+from compressor.teacher import Teacher
 
 ORACLE = SimpleNamespace(**runpy.run_path(str(Path(__file__).parent / "two_teacher_oracle.py")))
 PERFORMANCE = Performance(device=torch.device("cpu"))

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from compressor import atomic_folder, run_directory
+from compressor.device import kit_files
 from compressor.errors import RunError
 from compressor.run_directory import folder_written_atomically
 
@@ -260,7 +261,7 @@ def test_errors_name_what_the_user_knows(error, named, tmp_path):
 
 
 def test_a_full_disk_names_the_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_directory.os, "fsync", full_disk)
+    monkeypatch.setattr(kit_files.os, "fsync", full_disk)
     with pytest.raises(OSError, match="No space left on device") as caught:
         run_directory.write_json_atomically(tmp_path / "bench.json", {})
     assert caught.value.filename == str(tmp_path / "bench.json")

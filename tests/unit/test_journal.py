@@ -143,7 +143,7 @@ def test_opening_never_risks_what_is_there(path, filled, monkeypatch):
         raise KeyboardInterrupt
 
     path.write_bytes(filled + b'{"chunk": 2')
-    monkeypatch.setattr("compressor.run_directory.os.fsync", fail)
+    monkeypatch.setattr("compressor.device.kit_files.os.fsync", fail)
     with pytest.raises(KeyboardInterrupt):
         Journal.open(path, PLAN)
     monkeypatch.undo()

@@ -110,7 +110,7 @@ def test_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path, monkeypatch):
     def fail(_):
         raise OSError("disk full")
 
-    monkeypatch.setattr("compressor.run_directory.os.fsync", fail)
+    monkeypatch.setattr("compressor.device.kit_files.os.fsync", fail)
     with pytest.raises(OSError, match="disk full"):
         write_text_atomically(path, "new")
     assert path.read_text() == "old"

@@ -7,8 +7,8 @@ from compressor.attacks.pgd import PGD
 from compressor.data import Batch
 from compressor.errors import TeacherError
 from compressor.randomness import sample_keys
+from compressor.teacher import Teacher
 from compressor.teacher_check import check_teacher, refuse_unfit
-from compressor.teachers import Teacher
 from compressor.threat import ThreatModel
 
 ATTACK = PGD(threat=ThreatModel(epsilon_pixels=0.1), step_size_pixels=0.05, num_steps=5)

@@ -11,6 +11,7 @@ import torch
 from compressor.data import Batch
 from compressor.errors import TeacherError
 from compressor.randomness import sample_keys
+from compressor.teacher import Teacher
 from compressor.teacher_ranking import Measured, measure_teachers
 from compressor.teacher_ranking_record import (
     Found,
@@ -19,7 +20,6 @@ from compressor.teacher_ranking_record import (
     recommend,
     transfer_cells,
 )
-from compressor.teachers import Teacher
 from compressor.threat import ThreatModel
 
 THREAT = ThreatModel(epsilon_pixels=0.1)

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import pytest
 
 from compressor import comparison_workflow, training_workflow, verification_workflow
+from compressor.comparison import progress
 from compressor.comparison.folder import ComparisonFolder
 from compressor.comparison.measuring import ImageCounts, find_measured
 from compressor.comparison.passes import count_passes
@@ -21,6 +22,7 @@ from compressor.gate.paired import holm
 from compressor.interruption import StopWish
 from compressor.networks import NetworkSpec, build_classifier, save_classifier
 from compressor.performance_settings import PerformanceSettings
+from compressor.reports.report import read_report, write_report
 from compressor.run_directory import RunDirectory, read_json
 
 BASE = """
@@ -87,6 +89,8 @@ def without_pictures(monkeypatch):
     monkeypatch.setattr(training_workflow, "write_curves", lambda *_, **__: None)
     few = functools.partial(count_passes, num_moments=1)
     monkeypatch.setattr(comparison_workflow, "count_passes", few)
+    # Told of every step, however fast they are, so that a test can stop between two.
+    monkeypatch.setattr(progress, "_OBSERVE_EVERY_SECONDS", -1.0)
 
 
 @pytest.fixture(scope="module")
@@ -183,6 +187,7 @@ def test_killed_interrupted_and_gone_on_with(folder):
     assert files_of(folder) == now
     check_result(result)
     check_w_robust(result, folder)
+    check_other_reports_are_not_taken(folder)
 
 
 def check_w_robust(result, folder):
@@ -201,6 +206,24 @@ def check_w_robust(result, folder):
     ours, theirs = both("trades-seed0"), both("bmtard-seed0")
     assert result.methods[1].pair("w_robust").differences[0] == pytest.approx(ours[0] - theirs[0])
     assert result.methods[1].score("w_robust").values[0] == pytest.approx(ours[1])
+
+
+def check_other_reports_are_not_taken(folder):
+    """Of a smaller radius, above all: its accuracy would flatter one method."""
+    place = ComparisonFolder(folder / "out")
+    run = RunDirectory(place.run("trades-seed0"))
+    sha256 = read_json(place.clean("trades-seed0"))["content_sha256"]
+    images = ImageCounts(clean=40, white_box=12, cascade=3)
+    for files in place.reports("trades-seed0"):
+        sound = files.json.read_text()
+        for change in ({"epsilon_pixels": 0.001}, {"seed": 1}, {"looks": "many"}):
+            report = read_report(files.json).model_copy(update=change)
+            write_report(report, files.json)
+            found = find_measured(run, place, images=images, test_sha256=sha256)
+            assert None in [found.white_box, found.cascade], change
+            files.json.write_text(sound)
+    found = find_measured(run, place, images=images, test_sha256=sha256)
+    assert None not in [found.white_box, found.cascade]
 
 
 def check_result(result):
