@@ -3,9 +3,13 @@
 import functools
 import os
 import signal
+import subprocess
+import sys
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
+import torch
 
 from compressor import comparison_workflow, training_workflow, verification_workflow
 from compressor.comparison import progress
@@ -72,6 +76,7 @@ name = "trades"
 SETTINGS = PerformanceSettings(
     device="cpu", training_dtype="float32", num_threads=1, log_every_steps=1
 )
+ROOT = Path(__file__).parents[2]
 PARTS = ("training", "clean", "white_box", "cascade")
 RUNS = ("bmtard-seed0", "trades-seed0", "bmtard-seed1", "trades-seed1")
 EVERYTHING = [(run, part) for run in RUNS for part in PARTS]
@@ -82,15 +87,19 @@ def no_signals():
     yield StopWish()
 
 
-@pytest.fixture(autouse=True)
-def without_pictures(monkeypatch):
-    """They take longer than everything else together, and other tests look at them."""
-    monkeypatch.setattr(verification_workflow, "write_html", lambda *_, **__: None)
-    monkeypatch.setattr(training_workflow, "write_curves", lambda *_, **__: None)
+def be_quick(patch):
+    """Draw no pictures: they take longer than the rest, and other tests look at them."""
+    patch.setattr(verification_workflow, "write_html", lambda *_, **__: None)
+    patch.setattr(training_workflow, "write_curves", lambda *_, **__: None)
     few = functools.partial(count_passes, num_moments=1)
-    monkeypatch.setattr(comparison_workflow, "count_passes", few)
+    patch.setattr(comparison_workflow, "count_passes", few)
     # Told of every step, however fast they are, so that a test can stop between two.
-    monkeypatch.setattr(progress, "_OBSERVE_EVERY_SECONDS", -1.0)
+    patch.setattr(progress, "_OBSERVE_EVERY_SECONDS", -1.0)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    be_quick(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -132,19 +141,23 @@ def run(comparison, *, at=lambda event: None):
     return compare(comparison, observe=observe), seen
 
 
-def in_a_process_that_is_killed(comparison, *, at):
-    """What `kill -9` leaves behind at the beginning of one part."""
-    child = os.fork()
-    if child == 0:
+def compare_and_die(folder, *at):
+    """In a process of its own: compare, and `kill -9` at the beginning of one part of one run."""
 
-        def kill(event):
-            if (event.run, event.part) == at:
-                os.kill(os.getpid(), signal.SIGKILL)
+    def kill(event):
+        if (event.run, event.part) == at:
+            os.kill(os.getpid(), signal.SIGKILL)
 
-        run(comparison, at=kill)
-        os._exit(0)
-    _, status = os.waitpid(child, 0)
-    assert os.WTERMSIG(status) == signal.SIGKILL
+    torch.set_num_threads(1)
+    be_quick(pytest.MonkeyPatch())
+    run(prepared(Path(folder)), at=kill)
+
+
+def in_a_process_that_is_killed(folder, *at):
+    """A new one, never a fork: the test runner has threads, and would go on in the child."""
+    call = f"from {__name__} import compare_and_die; compare_and_die{(str(folder), *at)}"
+    done = subprocess.run([sys.executable, "-c", call], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
 
 
 def files_of(folder, *, kinds=("model.safetensors", "report*.json", "clean.json")):
@@ -154,9 +167,8 @@ def files_of(folder, *, kinds=("model.safetensors", "report*.json", "clean.json"
 
 @pytest.mark.workflow
 def test_killed_interrupted_and_gone_on_with(folder):
-    comparison = prepared(folder)
-    assert left(comparison) == EVERYTHING
-    in_a_process_that_is_killed(comparison, at=("trades-seed0", "cascade"))
+    assert left(prepared(folder)) == EVERYTHING
+    in_a_process_that_is_killed(folder, "trades-seed0", "cascade")
     after_kill = files_of(folder)
 
     wish = StopWish()
