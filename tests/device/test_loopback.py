@@ -20,6 +20,7 @@ import pytest
 import torch
 from torch import nn
 
+from compressor.architectures.teacher_map import add_teacher_map
 from compressor.attacks.build import build_inner_attack, evaluation_attacks, selection_attack
 from compressor.attacks.draws import KeyedDraws
 from compressor.attacks.search import by_logits
@@ -55,7 +56,30 @@ from compressor.verification_workflow import verify
 STARTS = ("gaussian", "uniform", "zero")
 EVALUATION_ATTACKS = ("fgsm", "pgd_sat", "pgd_trades", "cw_inf")
 ATTACKS = (*EVALUATION_ATTACKS, "selection", *(f"inner_{start}" for start in STARTS))
-METHODS = ("bmtard", "cross_entropy", "pgd_at", "trades")
+BOTH = ("clean", "robust")
+TEACHERS = {
+    "adaad": ("robust",),
+    "ard": ("robust",),
+    "bmtard": BOTH,
+    "ciard": BOTH,
+    "cross_entropy": (),
+    "darht": BOTH,
+    "distillation": ("clean",),
+    "iad": ("robust",),
+    "mtard": BOTH,
+    "pgd_at": (),
+    "rslad": ("robust",),
+    "trades": (),
+}
+"""Roles of each method's teachers."""
+METHODS = tuple(TEACHERS)
+WITHOUT_ATTACK = ("cross_entropy", "distillation")
+AT_ONCE = {
+    "ciard": {"teacher_from_fraction": 0.0},
+    "darht": {"adversarial_share": 1.0, "distil_from": 0.0, "labels_until": 0.0},
+    "iad": {"begin_fraction": 0.0},
+}
+"""What makes the first steps do all that later ones do."""
 ARCHITECTURES = ("mobilenet_v2", "resnet18", "wide_resnet_22_6")
 SEARCHES = {"apgd_ce": 4, "apgd_dlr": 4, "apgd_t": 8, "fab_t": 22, "square": 2}
 """How often one step waits for the device; of targeted ones, for two groups of targets."""
@@ -360,15 +384,14 @@ def difference(a, b):
 
 
 def make_recipe(method, *, num_steps=10):
-    attack = {} if method == "cross_entropy" else {"attack": {"num_steps": num_steps}}
-    roles = ("clean", "robust") if method == "bmtard" else ()
+    attack = {} if method in WITHOUT_ATTACK else {"attack": {"num_steps": num_steps}}
     table = {
         "name": method,
         "threat": {"epsilon_pixels": "16/255"},
         "data": {"source": "digits", "num_channels": 3, "validation_size": 50},
         "student": {"architecture": "tiny"},
-        "teachers": [{"role": role, "source": role} for role in roles],
-        "method": {"name": method, **attack},
+        "teachers": [{"role": role, "source": role} for role in TEACHERS[method]],
+        "method": {"name": method, **attack, **AT_ONCE.get(method, {})},
         "training": {
             "epochs": 1,
             "batch_size": BATCH_SIZE,
@@ -430,7 +453,7 @@ def do_everything(run, trained):
     do_attacks(run, trained, batches[0])
     do_searches(run, trained, batches[0])
     for method in METHODS:
-        teachers = make_teachers(trained, run.performance)
+        teachers = make_teachers(trained, run.performance, roles=TEACHERS[method])
         training = make_training(run, make_recipe(method), data, teachers=teachers, network=trained)
         do_steps(run, training, name=method, num_steps=NUM_STEPS)
     for name in ARCHITECTURES:
@@ -509,7 +532,10 @@ def do_searches(run, trained, batch):
 
 
 def make_training(run, recipe, data, *, teachers, network):
-    student = Student(copy.deepcopy(network), run.performance)
+    network = copy.deepcopy(network)
+    if recipe.method.has_teacher_map:
+        add_teacher_map(network, num_teachers=len(teachers), num_classes=10, seed=0)
+    student = Student(network, run.performance)
     method = build_method(
         recipe.method, threat=recipe.threat.build(), teachers=teachers, num_steps=NUM_STEPS
     )
@@ -526,16 +552,17 @@ def make_training(run, recipe, data, *, teachers, network):
     )
 
 
-def make_teachers(trained, performance):
+def make_teachers(trained, performance, *, roles=BOTH):
     """As in a run: the clean one folded, the robust one as it is."""
     clean = performance.place_network(copy.deepcopy(trained))
     robust = performance.place_network(make_network("resnet18", seed=1, width=1 / 16))
     facts = {"spec": None, "num_parameters": None, "num_classes": 10, "sha256": "", "num_bytes": 0}
     view = EvaluationView(clean, performance)
-    return [
-        Teacher(name="clean", role="clean", answer=view, network=clean, **facts),
-        Teacher(name="robust", role="robust", answer=robust, network=robust, **facts),
-    ]
+    teachers = {
+        "clean": Teacher(name="clean", role="clean", answer=view, network=clean, **facts),
+        "robust": Teacher(name="robust", role="robust", answer=robust, network=robust, **facts),
+    }
+    return [teachers[role] for role in roles]
 
 
 def do_steps(run, training, *, name, num_steps):
