@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from compressor.allocator import keep_freed_memory
 from compressor.errors import DeviceError
 from compressor.performance_settings import PerformanceSettings
 
@@ -43,6 +44,7 @@ def resolve_performance(settings: PerformanceSettings) -> Performance:
         DeviceError: if the device that was asked for is not there, or float32 is something else.
     """
     _insist_on_float32()
+    keep_freed_memory()
     if settings.num_threads is not None:
         torch.set_num_threads(settings.num_threads)
     device = _resolve_device(settings.device)
