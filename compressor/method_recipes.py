@@ -11,6 +11,7 @@ from compressor.closed_table import (
     FractionText,
     NonNegative,
     Positive,
+    TupleOf,
     UnitFraction,
 )
 from compressor.method_table import ONE, SOME, InnerAttackRecipe, MethodTable, TeacherNeed
@@ -239,21 +240,22 @@ class CIARDRecipe(MethodTable):
     """As of `bmtard`."""
     min_temperature: Positive = 1.0
     max_temperature: Positive = 10.0
-    temperature_until_fraction: UnitFraction = 1.0
-    """From this fraction of the run on the temperatures stay. Released: 215/300, since the script
-    lowers their rate tenfold in every step from there on."""
-    weight_rate: UnitFraction = 0.0
-    """Rate of normalization loss balance. Released: 0; the script computes the weights, at 0.025,
-    and adds the losses 1:1."""
+    weight_rate: UnitFraction = 0.025
+    """Of normalization loss balance."""
+    balance_drops: TupleOf[UnitFraction] = (215 / 300, 260 / 300, 285 / 300)
+    """Where the rates of both balances fall."""
+    balance_drop_factor: UnitFraction = 0.1
+    """Released: in effect 0 from 214/300 on; the script falls in every step of an epoch."""
     push_factor: NonNegative = 1.0
     """On the push away from the mistakes of the clean teacher; 0 is without it."""
     push_matches_decade: bool = True
-    """Multiply the push by the power of ten that brings it to the size of the other losses."""
+    """Multiply the push by the power of ten that brings it to the decade of the smaller loss."""
     push_temperature: Positive = 5.0
     """Of the student in the push."""
     teacher_learning_rate: NonNegative = 1e-4
     """Of the copy of the robust teacher, at first; then a cosine to zero. 0 keeps the teacher."""
     teacher_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    teacher_weight_decay: NonNegative = 2e-4
     teacher_from_fraction: UnitFraction = 50 / 300
     """The copy learns from here on."""
     teacher_statistics: Literal["kept", "batch"] = "kept"

@@ -24,7 +24,7 @@ from compressor.method_recipes import (
 from compressor.methods.adaad import AdaAD, disagreement
 from compressor.methods.ard import ARD
 from compressor.methods.bmtard import BMTARD
-from compressor.methods.ciard import CIARD, Push, Retraining
+from compressor.methods.ciard import CIARD, Drops, Push, Retraining
 from compressor.methods.cross_entropy import CrossEntropy
 from compressor.methods.darht import DARHT
 from compressor.methods.distillation import Distillation
@@ -170,8 +170,8 @@ def _ciard(
         loss_scale=recipe.loss_scale,
         temperature_rate=resolve_temperature_rate(recipe, num_steps=num_steps),
         temperature_bounds=(recipe.min_temperature, recipe.max_temperature),
-        temperature_until_fraction=recipe.temperature_until_fraction,
         weight_rate=recipe.weight_rate,
+        balance_drops=Drops(at_fractions=recipe.balance_drops, factor=recipe.balance_drop_factor),
         push=Push(
             temperature=recipe.push_temperature,
             factor=recipe.push_factor,
@@ -180,8 +180,8 @@ def _ciard(
         retraining=Retraining(
             learning_rate=recipe.teacher_learning_rate,
             momentum=recipe.teacher_momentum,
+            weight_decay=recipe.teacher_weight_decay,
             from_fraction=recipe.teacher_from_fraction,
-            statistics=recipe.teacher_statistics,
         ),
     )
 

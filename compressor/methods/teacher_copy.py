@@ -34,6 +34,7 @@ class TeacherCopy:
         Raises:
             TeacherError: if the teacher has no network, as an ONNX file.
         """
+        self.statistics = statistics
         network = copy.deepcopy(teacher.require_network(purpose))
         self._network = network.requires_grad_().train(statistics == "batch")
         self._momentum = {
@@ -51,12 +52,18 @@ class TeacherCopy:
             logits_NK: Tensor = self._network(x_NCHW)
         return logits_NK.to(x_NCHW.dtype)
 
-    def descend(self, loss: Tensor, *, rate: float, momentum: float) -> None:
+    def collect_statistics(self, x_NCHW: Tensor, performance: Performance) -> None:
+        """Answer images for what they leave in BatchNorm alone."""
+        with torch.no_grad():
+            self.logits(x_NCHW, performance)
+
+    def descend(self, loss: Tensor, *, rate: float, momentum: float, weight_decay: float) -> None:
         """One step of SGD down a scalar loss, in place; no gradient is left behind."""
         parameters = dict(self._network.named_parameters())
         slopes = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
         with torch.no_grad():
             for (name, parameter), slope in zip(parameters.items(), slopes, strict=True):
                 if slope is not None:
+                    slope = slope + weight_decay * parameter
                     speed = self._momentum[name].mul_(momentum).add_(slope)
                     parameter.sub_(rate * speed)

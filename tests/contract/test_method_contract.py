@@ -29,7 +29,7 @@ METHODS = {
     "adaad": {"name": "adaad", "attack": ATTACK, "robust_weight": 0.75},
     "ard": {"name": "ard", "attack": ATTACK, "teacher_weight": 0.75},
     "bmtard": {"name": "bmtard", "attack": {"num_steps": 2, "step_size_pixels": "8/255"}},
-    "ciard": {"name": "ciard", "attack": ATTACK, "temperature_until_fraction": 0.5},
+    "ciard": {"name": "ciard", "attack": ATTACK, "balance_drops": [0.5]},
     "ciard_released": {"name": "ciard", "attack": ATTACK, "teacher_statistics": "batch"},
     "cross_entropy": {"name": "cross_entropy"},
     "darht": {"name": "darht", "attack": ATTACK},

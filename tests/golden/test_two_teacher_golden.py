@@ -1,5 +1,6 @@
 """MTARD and CIARD against an oracle in plain numpy, that shares no code with them."""
 
+import dataclasses
 import runpy
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 from compressor.data import Batch
-from compressor.methods.ciard import CIARD, Push, Retraining
+from compressor.methods.ciard import CIARD, Drops, Push, Retraining
 from compressor.methods.mtard import MTARD
 from compressor.methods.protocol import Moment
 from compressor.methods.teacher_copy import TeacherCopy
@@ -24,13 +25,15 @@ PERFORMANCE = Performance(device=torch.device("cpu"))
 NUM_STEPS = 8
 SETTINGS = {
     "temperature_rate": 0.03,
-    "temperature_until": 0.6,
+    "drop": 0.6,
+    "drop_factor": 0.1,
     "weight_rate": 0.2,
     "push_factor": 1.5,
     "push_temperature": 5.0,
     "teacher_from": 0.25,
     "teacher_rate": 0.4,
     "teacher_momentum": 0.3,
+    "teacher_decay": 0.05,
 }
 APART = {"rel": 0, "abs": 1e-10}
 
@@ -146,14 +149,14 @@ def make_ciard(*, statistics="kept", settings=SETTINGS, push_factor=None):
         loss_scale=0.25,
         temperature_rate=settings["temperature_rate"],
         temperature_bounds=(1.0, 10.0),
-        temperature_until_fraction=settings["temperature_until"],
         weight_rate=settings["weight_rate"],
-        push=Push(temperature=settings["push_temperature"], factor=factor),
+        balance_drops=Drops(at_fractions=[settings["drop"]], factor=settings["drop_factor"]),
+        push=Push(temperature=settings["push_temperature"], factor=factor, matches_decade=True),
         retraining=Retraining(
             learning_rate=settings["teacher_rate"],
             momentum=settings["teacher_momentum"],
+            weight_decay=settings["teacher_decay"],
             from_fraction=settings["teacher_from"],
-            statistics=statistics,
         ),
     )
 
@@ -179,7 +182,9 @@ def test_the_oracle_exercises_every_mechanism():
     }
     assert len({row["push_factor_ratio"] for row in rows}) > 1
     assert all(0 < row["push_images_fraction"] < 1 for row in rows)
-    assert len({row["clean_temperature_ratio"] for row in rows}) == 6  # then they stay
+    steps = np.abs(np.diff([row["clean_temperature_ratio"] for row in rows]))
+    assert steps.max() == pytest.approx(0.03)
+    assert steps[-1] == pytest.approx(0.003)  # after the drop
     assert rows[-1]["robust_weight_fraction"] != pytest.approx(0.5, abs=0.02)
 
 
@@ -214,34 +219,51 @@ def test_ciard_leaves_no_gradient_at_its_copy():
 
 
 def test_ciard_without_push_and_copy_is_two_terms():
-    """With the push at 0 the loss is 1:1 of the two divergences."""
+    """With the push at 0 the clean teacher is not asked for its mistakes."""
     settings = {**SETTINGS, "weight_rate": 0.0, "teacher_from": 1.0}
     for row in run(make_ciard(settings=settings, push_factor=0.0)):
-        both = row["robust_loss_nats"] + row["clean_loss_nats"]
-        assert row["graph"] == pytest.approx(both, rel=0, abs=1e-14)
+        mean = (row["robust_loss_nats"] + row["clean_loss_nats"]) / 2
+        assert row["graph"] == pytest.approx(mean, rel=0, abs=1e-14)
+        assert not any(name.startswith("push") for name in row)
 
 
 @pytest.mark.parametrize(
     ("push_nats", "other_nats", "matches", "factor"),
     [
-        (0.2, 0.05, True, 0.1),
-        (0.05, 0.2, True, 1.0),
-        (0.001, 0.2, True, 100.0),
-        (0.2, 0.2, True, 1.0),
-        (0.2, 0.05, False, 1.0),
-        (0.0, 0.05, True, 0.0),
-        (0.2, 0.0, True, 0.0),
-        (float("nan"), 0.1, True, 0.0),
-        (float("inf"), 0.1, True, 0.0),
+        (0.2, (0.05, 0.3), True, 0.1),
+        (0.2, (0.3, 0.05), True, 0.1),
+        (0.15, (0.12, 0.12), True, 1.0),  # the same decade, though P is the larger
+        (0.001, (0.2, 3.0), True, 100.0),
+        (0.2, (0.2, 0.9), True, 1.0),
+        (0.2, (0.05, 0.05), False, 1.5),
+        (0.0, (0.05, 0.05), True, 0.0),
+        (0.2, (0.0, 0.1), True, 0.0),
+        (float("nan"), (0.1, 0.1), True, 0.0),
+        (float("inf"), (0.1, 0.1), False, 0.0),
     ],
 )
-def test_push_comes_to_the_decade_of_the_other_losses(push_nats, other_nats, matches, factor):
-    assert Push(matches_decade=matches).factor_for(push_nats, other_nats) == pytest.approx(factor)
+def test_push_comes_to_the_decade_of_the_smaller_loss(push_nats, other_nats, matches, factor):
+    own = 1.0 if matches else 1.5
+    push = Push(temperature=5.0, factor=own, matches_decade=matches)
+    assert push.factor_for(push_nats, other_nats) == pytest.approx(factor)
+
+
+def test_balances_slow_down_at_each_drop():
+    drops = Drops(at_fractions=(0.5, 0.75), factor=0.1)
+    found = [drops.factor_at(fraction) for fraction in (0.0, 0.49, 0.5, 0.75)]
+    assert found == pytest.approx([1.0, 1.0, 0.1, 0.01])
+
+
+def test_statistics_as_released_come_from_clean_images_too():
+    method = make_ciard(statistics="batch")
+    run(method)
+    assert int(method.tensors()["teacher.norm.num_batches_tracked"]) == 2 * NUM_STEPS
 
 
 @pytest.mark.parametrize(
     ("fraction", "rate"), [(0.0, None), (0.2, None), (0.25, 1e-4), (0.625, 5e-5), (0.999999, 0.0)]
 )
 def test_retraining_rate_is_a_cosine_over_the_rest_of_the_run(fraction, rate):
-    found = Retraining(from_fraction=0.25).rate(fraction)
-    assert found == (None if rate is None else pytest.approx(rate, abs=1e-14))
+    sgd = Retraining(learning_rate=1e-4, momentum=0.1, weight_decay=2e-4, from_fraction=0.25)
+    assert sgd.rate(fraction) == (None if rate is None else pytest.approx(rate, abs=1e-14))
+    assert dataclasses.replace(sgd, learning_rate=0.0).rate(fraction) is None

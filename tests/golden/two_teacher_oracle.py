@@ -111,7 +111,7 @@ class Copy:
     def logits(self, pixels):
         return self.hidden(pixels)[1] @ self.values["weight"].T + self.values["bias"]
 
-    def learn(self, pixels, labels, *, rate, momentum):
+    def learn(self, pixels, labels, *, rate, momentum, decay):
         normal, hidden = self.hidden(pixels)
         slope = (softmax(self.logits(pixels)) - np.eye(K)[labels]) / N
         back = slope @ self.values["weight"]
@@ -122,6 +122,7 @@ class Copy:
             "bias": slope.sum(axis=0),
         }
         for name, value in slopes.items():
+            value = value + decay * self.values[name]
             self.speed[name] = momentum * self.speed[name] + value
             self.values[name] = self.values[name] - rate * self.speed[name]
 
@@ -148,23 +149,24 @@ def ciard(num_steps, *, scale, settings):
         clean_loss = scale * divergence(clean_target, clean_logits).mean()
         softened = robust_logits / settings["push_temperature"]
         push = scale * divergence(mistaken, softened)[wrong].mean()
-        power = math.floor(math.log10((robust_loss + clean_loss) / 2 / push))
-        factor = settings["push_factor"] * 10.0**power
+        decades = [math.floor(math.log10(value)) for value in (robust_loss, clean_loss, push)]
+        factor = settings["push_factor"] * 10.0 ** (min(decades[:2]) - decades[2])
 
         used = (robust_temperature, clean_temperature)
-        if fraction < settings["temperature_until"]:
-            own, other = entropy_like(robust_target), entropy_like(clean_target)
-            robust_temperature = moved(used[0], own, other, settings["temperature_rate"])
-            clean_temperature = moved(used[1], other, own, settings["temperature_rate"])
+        drop = settings["drop_factor"] if fraction >= settings["drop"] else 1.0
+        own, other = entropy_like(robust_target), entropy_like(clean_target)
+        robust_temperature = moved(used[0], own, other, drop * settings["temperature_rate"])
+        clean_temperature = moved(used[1], other, own, drop * settings["temperature_rate"])
         first = first or (robust_loss, clean_loss)
         parts = robust_loss / first[0], clean_loss / first[1]
-        robust_weight -= settings["weight_rate"] * (robust_weight - parts[0] / sum(parts))
-        clean_weight -= settings["weight_rate"] * (clean_weight - parts[1] / sum(parts))
+        weight_rate = drop * settings["weight_rate"]
+        robust_weight -= weight_rate * (robust_weight - parts[0] / sum(parts))
+        clean_weight -= weight_rate * (clean_weight - parts[1] / sum(parts))
 
-        robust_slope = 2 * robust_weight * scale / N * (softmax(robust_logits) - robust_target)
+        robust_slope = robust_weight * scale / N * (softmax(robust_logits) - robust_target)
         away = wrong[:, None] * (softmax(softened) - mistaken) / settings["push_temperature"]
         robust_slope = robust_slope - factor * scale * away / wrong.sum()
-        clean_slope = 2 * clean_weight * scale / N * (softmax(clean_logits) - clean_target)
+        clean_slope = clean_weight * scale / N * (softmax(clean_logits) - clean_target)
         slopes = (
             robust_slope.T @ adversarial + clean_slope.T @ pixels,
             robust_slope.sum(axis=0) + clean_slope.sum(axis=0),
@@ -173,11 +175,17 @@ def ciard(num_steps, *, scale, settings):
         if fraction >= settings["teacher_from"]:
             done = (fraction - settings["teacher_from"]) / (1 - settings["teacher_from"])
             rate = settings["teacher_rate"] * (1 + math.cos(math.pi * done)) / 2
-            copy.learn(adversarial, labels, rate=rate, momentum=settings["teacher_momentum"])
+            copy.learn(
+                adversarial,
+                labels,
+                rate=rate,
+                momentum=settings["teacher_momentum"],
+                decay=settings["teacher_decay"],
+            )
         rows.append(
             {
-                "loss_nats": 2 * robust_weight * robust_loss
-                + 2 * clean_weight * clean_loss
+                "loss_nats": robust_weight * robust_loss
+                + clean_weight * clean_loss
                 - factor * push,
                 "robust_loss_nats": robust_loss,
                 "clean_loss_nats": clean_loss,
