@@ -58,6 +58,8 @@ class Training:
     stop: StopWish = field(default_factory=StopWish)
     start_is_candidate: bool = False
     """Whether the weights before the first step may be selected: they may be good already."""
+    fraction_before: float = 0.0
+    """Of the run that the method knows, what was over before this training began."""
 
     @property
     def steps_per_epoch(self) -> int:
@@ -167,7 +169,9 @@ def _train_step(
         num_steps=training.num_steps,
     )
     factor = rate_factor(recipe.training.schedule, progress)
-    moment = Moment(fraction=progress.fraction, rate_factor=factor)
+    before = training.fraction_before
+    fraction = before + (1 - before) * progress.fraction
+    moment = Moment(fraction=fraction, rate_factor=factor)
     result, method_state = training.method.step(training.student, batch, state.method_state, moment)
     if not math.isfinite(result.logged["loss_nats"]):
         raise _non_finite(training, batch, step=state.step + 1, values=dict(result.logged))

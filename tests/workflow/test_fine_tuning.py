@@ -10,6 +10,7 @@ import torch
 import compressor.trainer
 from compressor.errors import DataError, InterruptedRunError, TeacherError
 from compressor.interruption import StopWish
+from compressor.methods.bmtard import BMTARD
 from compressor.metrics import StepDone
 from compressor.onnx_model import load_onnx_model
 from compressor.performance_settings import PerformanceSettings
@@ -103,6 +104,20 @@ def test_temperatures_and_weights_go_on_from_the_run(copy, tuned):
     start = state_of(fine_tuning_of(copy), 0)["method_state"]
     assert start == end
     assert start["temperatures"][1] != 1
+
+
+def test_a_method_with_phases_stays_in_its_last(copy, tuned, monkeypatch):
+    step, moments = BMTARD.step, []
+
+    def noted(self, student, batch, state, moment):
+        moments.append(moment)
+        return step(self, student, batch, state, moment)
+
+    monkeypatch.setattr(BMTARD, "step", noted)
+    tuned()
+    assert len(moments) > 1
+    assert all(0.999 < moment.fraction < 1 for moment in moments)
+    assert moments[0].rate_factor > moments[-1].rate_factor  # the rate has a schedule of its own
 
 
 def test_without_checkpoints_of_the_run_it_starts_as_any_run_does(copy, tuned):
