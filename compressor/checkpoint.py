@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from compressor.errors import CheckpointError, NonFiniteLossError
+from compressor.not_finite import not_finite_names
 from compressor.recipe import canonical_json
 from compressor.run_directory import RunDirectory, folder_written_atomically
 from compressor.weights import sha256_of_file
@@ -81,7 +82,7 @@ def save_checkpoint(
         groups["average"] = dict(tensors.average)
     if tensors.of_method:
         groups["method"] = dict(tensors.of_method)
-    _refuse_non_finite(groups["network"], run=run, step=state.step)
+    _refuse_non_finite(groups, run=run, step=state.step)
     path = run.checkpoint(state.step)
     with folder_written_atomically(path) as folder:
         for group, values in groups.items():
@@ -285,13 +286,17 @@ def _momentum(tensors: TrainedTensors) -> dict[str, Tensor]:
     return {name: buffer for name, buffer in buffers.items() if buffer is not None}
 
 
-def _refuse_non_finite(values: Mapping[str, Tensor], *, run: RunDirectory, step: int) -> None:
-    bad = [name for name, value in values.items() if not bool(torch.isfinite(value).all())]
-    if bad:
-        raise NonFiniteLossError(
-            f"after step {step} the weights {', '.join(bad[:3])} are not finite; nothing was "
-            f"saved. Last good checkpoint: {last_good(run)}. Try a smaller training.learning_rate"
-        )
+def _refuse_non_finite(
+    groups: Mapping[str, Mapping[str, Tensor]], *, run: RunDirectory, step: int
+) -> None:
+    keys = {"network": "training.learning_rate", "method": "method.teacher_learning_rate"}
+    for group, key in keys.items():
+        bad = not_finite_names(groups.get(group, {}))
+        if bad:
+            raise NonFiniteLossError(
+                f"after step {step} the weights {', '.join(bad[:3])} are not finite; nothing was "
+                f"saved. Last good checkpoint: {last_good(run)}. Try a smaller {key}"
+            )
 
 
 def last_good(run: RunDirectory) -> str:

@@ -11,7 +11,6 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -27,7 +26,6 @@ from compressor.environment import describe_environment, settings_dict
 from compressor.errors import RecipeError, TeacherError
 from compressor.interruption import StopWish
 from compressor.methods.build import build_method
-from compressor.methods.protocol import Method
 from compressor.metrics import Observer
 from compressor.onnx_graph import OnnxGraph, read_graph
 from compressor.onnx_twin import trainable_twin
@@ -38,6 +36,7 @@ from compressor.recipe_file import load_recipe
 from compressor.run_directory import RunDirectory, read_facts, write_json_atomically
 from compressor.schedules import num_steps_of
 from compressor.student import Student
+from compressor.teacher import Teacher
 from compressor.trainer import Training, fit, trained_tensors
 from compressor.training_workflow import load_teachers, writing_metrics
 from compressor.weights import sha256_of_file
@@ -124,7 +123,13 @@ def fine_tune(
     label = hashlib.sha256(canonical_json(facts).encode()).hexdigest()[:8]
     data = _training_data(request, recipe)
     student = Student(twin, resolve_performance(request.settings))
-    method = _method(request.run, recipe, data, performance=student.performance)
+    teachers = _teachers(request.run, recipe, data, performance=student.performance)
+    method = build_method(
+        recipe.method,
+        threat=recipe.threat.build(),
+        teachers=teachers,
+        num_steps=num_steps_of(recipe, num_images=data.train.num_images),
+    )
     training = Training(
         recipe=recipe,
         settings=request.settings,
@@ -132,6 +137,7 @@ def fine_tune(
         data=replace(data, validation=data.validation.without(judging_N)),
         student=student,
         method=method,
+        teachers=teachers,
         tensors=trained_tensors(student, recipe, method),
         observe=observe,
         resume_command=request.resume_command,
@@ -166,10 +172,10 @@ def _training_data(request: FineTuningRequest, recipe: Recipe) -> TrainingData:
     return data
 
 
-def _method(
+def _teachers(
     run: RunDirectory, recipe: Recipe, data: TrainingData, *, performance: Performance
-) -> Method[Any]:
-    """The method of the run with its very teachers."""
+) -> tuple[Teacher, ...]:
+    """The very teachers of the run."""
     teachers = load_teachers(recipe, data, performance=performance)
     known = {row["sha256"] for row in read_facts(run)["teachers"]}
     for teacher in teachers:
@@ -178,12 +184,7 @@ def _method(
                 f"{teacher.role} teacher {teacher.name} has changed since {run.path} was trained "
                 f"(SHA-256 {teacher.sha256[:12]}); put the one of the run back"
             )
-    return build_method(
-        recipe.method,
-        threat=recipe.threat.build(),
-        teachers=teachers,
-        num_steps=num_steps_of(recipe, num_images=data.train.num_images),
-    )
+    return teachers
 
 
 def fine_tuning_recipe(recipe: Recipe, *, epochs: int) -> Recipe:

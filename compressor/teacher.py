@@ -3,6 +3,7 @@
 N images, C channels, H and W pixels, K classes.
 """
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -12,6 +13,18 @@ from torch import Tensor
 from compressor.errors import TeacherError
 from compressor.networks import Classifier, NetworkSpec
 from compressor.recipe import Role
+
+
+class _Tally:
+    """Counts answers that are not finite, without waiting for the device."""
+
+    num_bad: Tensor | int = 0
+
+    def note(self, x_NCHW: Tensor, logits_NK: Tensor) -> None:
+        """Images of a broken student are not the teacher's fault."""
+        is_asked_N = x_NCHW.flatten(1).isfinite().all(dim=1)
+        is_answered_N = logits_NK.isfinite().all(dim=1)
+        self.num_bad = self.num_bad + (is_asked_N & ~is_answered_N).sum()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,11 +44,16 @@ class Teacher:
     num_bytes: int
     onnx_input: NetworkSpec | None = None
     """What is done to the images before an ONNX file; of the preprocessing alone."""
+    tally: _Tally = field(default_factory=_Tally, repr=False, compare=False)
 
     @property
     def identity(self) -> str:
-        """The same for two teachers exactly if one is a copy of the other in the same role."""
-        return f"{self.role} {self.sha256} {self.spec or self.onnx_input}"
+        """The same for two teachers exactly if one is a copy of the other in the same role.
+
+        Of networks the tensors count and not their files, which may say more about themselves.
+        """
+        content = self.sha256 if self.network is None else _hash_of_tensors(self.network)
+        return f"{self.role} {content} {self.spec or self.onnx_input}"
 
     def __post_init__(self) -> None:
         if self.network is not None:
@@ -49,7 +67,13 @@ class Teacher:
         """
         self._assert_as_given()
         with torch.no_grad():
-            return self.answer(x_NCHW).to(x_NCHW.dtype)
+            logits_NK = self.answer(x_NCHW).to(x_NCHW.dtype)
+            self.tally.note(x_NCHW, logits_NK)
+        return logits_NK
+
+    def num_not_finite(self) -> int:
+        """How many finite images were answered with numbers that are not; waits for the device."""
+        return int(self.tally.num_bad)
 
     def logits_with_gradient(self, x_NCHW: Tensor) -> Tensor:
         """As `logits`, with a graph to the images; the frozen weights get no gradient.
@@ -86,3 +110,11 @@ class Teacher:
             is_frozen = not next(network.parameters()).requires_grad
             assert is_still, f"teacher {self.name} is in training mode"  # noqa: S101
             assert is_frozen, f"teacher {self.name} is not frozen"  # noqa: S101
+
+
+def _hash_of_tensors(network: Classifier) -> str:
+    digest = hashlib.sha256()
+    for name, value in sorted(network.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
+        digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -85,8 +85,9 @@ def refuse_not_finite(teacher: Teacher, logits_NK: Tensor, *, kind: str) -> None
     num_bad = int((~logits_NK.isfinite().all(dim=1)).sum())
     if num_bad:
         raise TeacherError(
-            f"the teacher {teacher.name} answers {num_bad} of {len(logits_NK)} {kind} images with "
-            "numbers that are not finite; check the file, mean and std, or take another teacher"
+            f"the {teacher.role} teacher {teacher.name} answers {num_bad} of {len(logits_NK)} "
+            f"{kind} images with numbers that are not finite; check the file, mean and std, or "
+            "take another teacher"
         )
 
 

@@ -4,7 +4,7 @@ import copy
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from compressor.checkpoint import (
     save_checkpoint,
 )
 from compressor.data import Augmentation, Batch, TrainingData, training_batches
-from compressor.errors import InterruptedRunError, NonFiniteLossError, TerminatedRunError
+from compressor.errors import InterruptedRunError, TerminatedRunError
 from compressor.interruption import StopWish
 from compressor.methods.protocol import Method, Moment
 from compressor.metrics import (
@@ -33,12 +33,14 @@ from compressor.metrics import (
     TrainingStarted,
     ValidationStarted,
 )
+from compressor.not_finite import explain_loss
 from compressor.performance_settings import PerformanceSettings
 from compressor.recipe import Recipe
 from compressor.run_directory import RunDirectory
 from compressor.schedules import Progress, num_steps_of, rate_factor
 from compressor.selection import measure_on_validation
 from compressor.student import Student
+from compressor.teacher import Teacher
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +55,8 @@ class Training:
     method: Method[Any]
     tensors: TrainedTensors
     observe: Observer
+    teachers: Sequence[Teacher] = ()
+    """Those of the method, to be named where one is at fault."""
     resume_command: str
     """What to type after an interruption."""
     stop: StopWish = field(default_factory=StopWish)
@@ -101,6 +105,7 @@ def fit(training: Training, state: TrainState) -> TrainState:
 
     Raises:
         NonFiniteLossError: at the first loss that is not finite, before its step is taken.
+        TeacherError: if that is a teacher's fault.
         InterruptedRunError: when a stop was wished for; everything is saved.
     """
     recipe = training.recipe
@@ -174,7 +179,14 @@ def _train_step(
     moment = Moment(fraction=fraction, rate_factor=factor)
     result, method_state = training.method.step(training.student, batch, state.method_state, moment)
     if not math.isfinite(result.logged["loss_nats"]):
-        raise _non_finite(training, batch, step=state.step + 1, values=dict(result.logged))
+        raise explain_loss(
+            result.logged,
+            batch,
+            step=state.step + 1,
+            teachers=training.teachers,
+            of_method=training.tensors.of_method,
+            last_good=last_good(training.run),
+        )
     learning_rate = recipe.training.learning_rate * factor
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
@@ -298,17 +310,4 @@ def _interruption(training: Training, state: TrainState) -> InterruptedRunError:
     return kind(
         f"stopped after step {state.step} of {training.num_steps}; everything is saved. "
         f"Continue with\n  {training.resume_command}"
-    )
-
-
-def _non_finite(
-    training: Training, batch: Batch, *, step: int, values: dict[str, float]
-) -> NonFiniteLossError:
-    indices = batch.index_N.tolist()
-    shown = ", ".join(map(str, indices[:16])) + (", ..." if len(indices) > 16 else "")
-    return NonFiniteLossError(
-        f"the loss of step {step} is not finite ({values}); images {shown} of the training "
-        f"split. The step was not taken. Last good checkpoint: {last_good(training.run)}. "
-        "Try a smaller training.learning_rate, training.gradient_clip_norm = 1.0, or "
-        "--dtype float32"
     )

@@ -118,6 +118,7 @@ def train(
             data=data,
             student=student,
             method=method,
+            teachers=teachers,
             tensors=trained_tensors(student, recipe, method),
             observe=observe,
             resume_command=request.resume_command,

@@ -150,6 +150,18 @@ def test_two_of_the_same_role_are_a_copy_only_if_all_is_the_same(table):
 
 
 @of_any_number
+def test_the_same_tensors_in_another_file_are_a_copy(table):
+    """A file may have other metadata; a network with one other number is another teacher."""
+    plain, saved_again, changed = (make_teacher("robust", 1) for _ in range(3))
+    saved_again = dataclasses.replace(saved_again, sha256="another file")
+    with torch.no_grad():
+        changed.network.backbone.fc.bias[3] += 1e-6
+    method = make_method(table, [plain, saved_again, changed, make_teacher("clean", 1)])
+    positions = [m.positions for m in method.teachers.members if m.teacher.role == "robust"]
+    assert sorted(positions) == [(1, 2), (3,)]
+
+
+@of_any_number
 def test_roles_have_half_of_the_weight_whatever_their_numbers(table):
     method = make_method(table.model_copy(update={"weight_rate": 0.0}), FIVE)
     for logged, _, _ in take_steps(method)[0]:

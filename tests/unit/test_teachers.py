@@ -276,3 +276,15 @@ def test_a_path_may_have_a_colon(saved):
     saved[0].rename(path)
     assert load(path).name == "a:b.safetensors"
     assert load(f"tiny:{path}").name == "a:b.safetensors"
+
+
+def test_only_finite_images_count_against_the_teacher(saved):
+    """A student that has diverged makes images that nobody can answer."""
+    teacher = dataclasses.replace(load(saved[0]), answer=lambda x: x.flatten(1)[:, :4] * torch.inf)
+    x = torch.zeros(3, 3, 8, 8)  # 0 times infinity is no number
+    assert teacher.num_not_finite() == 0
+    x[0] = torch.nan
+    teacher.logits(x)
+    assert teacher.num_not_finite() == 2
+    teacher.logits(x[1:2])
+    assert teacher.num_not_finite() == 3
