@@ -2,7 +2,7 @@
 
 Source: Zhao et al., "Mitigating accuracy-robustness trade-off via balanced multi-teacher
 adversarial distillation", TPAMI 46(12), 2024, as released by the authors, for two teachers. Any
-number of teachers is ours; two are balanced with the very arithmetic of the authors. Numbers are
+number of teachers is ours; two are balanced as by the authors, but for rounding. Numbers are
 Python floats, as there, so that the arithmetic is the same on every device.
 
 Sums are exact before they are rounded and everything else is a minimum, a maximum or a matter of

@@ -45,7 +45,11 @@ def _milestones(schedule: MilestonesRecipe, progress: Progress) -> float:
     """At 215/300 of 300 epochs, the first epoch with the lower rate is number 216, from 1."""
     if progress.epoch < round(schedule.idle_fraction * progress.num_epochs):
         return 0.0
-    passed = [round(m * progress.num_epochs) <= progress.epoch for m in schedule.milestones]
+    # Rounded, but a run of one epoch has a first one: only a milestone at 0 comes before it.
+    first_epochs = [
+        max(1, round(m * progress.num_epochs)) if m > 0 else 0 for m in schedule.milestones
+    ]
+    passed = [first <= progress.epoch for first in first_epochs]
     return float(schedule.decay ** sum(passed))
 
 

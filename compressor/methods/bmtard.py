@@ -39,7 +39,8 @@ class BMTARD(WithoutTensors):
 
     Source: Zhao et al., "Mitigating accuracy-robustness trade-off via balanced multi-teacher
     adversarial distillation", TPAMI 46(12), 2024, as in the authors' released script.
-    The authors': one clean and one robust teacher. With these, every number here is theirs.
+    The authors': one clean and one robust teacher. With these, every number here is theirs but for
+    rounding.
     Ours: any number of teachers, at least one of each role. Each temperature steps against the
     teacher whose entropy is farthest from its own, so that all entropies come together. The goal of
     w_i is c_i r_i / sum of c_j r_j, where c_i is 1 / (number of distinct teachers in its role): the

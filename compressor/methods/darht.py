@@ -55,22 +55,24 @@ class DARHT:
     it is); no batch is left out (released: those whose cross-entropy is above 8); teachers are
     in eval mode (released: in train mode, dropout and BatchNorm); the attack reaches epsilon
     (released: 10 steps of 0.003 at 0.031); there are no epochs at rate zero (released: three).
-    Without a setting: the best epoch is chosen on held-out training images (released: on test
-    images). The script's name speaks of multiplicative updates with a state; the weights that it
-    uses have none, and neither have these.
+    Without a setting: the best epoch is chosen on held-out training images by the mean of clean and
+    robust accuracy (released: on test images by robust accuracy). The order of teachers decides
+    which slice starts where, and a teacher that is named twice takes trust from the others. The
+    script's name speaks of multiplicative updates with a state; the weights that it uses have none,
+    and neither have these.
     """
 
     teachers: Sequence[Answering]
     """Teacher i owns slice i of the map."""
     attack: Attack
-    adversarial_share: float = 0.5
-    distil_from: float = 50 / 350
-    labels_until: float = 118 / 350
-    last_layer: Literal["labels", "frozen", "decaying"] = "labels"
-    normalise_trust: bool = True
-    skip_above_nats: float | None = None
-    has_drawing_teachers: bool = False
-    statistics: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+    adversarial_share: float
+    distil_from: float
+    labels_until: float
+    last_layer: Literal["labels", "frozen", "decaying"]
+    normalise_trust: bool
+    skip_above_nats: float | None
+    has_drawing_teachers: bool
+    statistics: Mapping[str, Tensor] = field(repr=False)
     """What teachers in train mode change in place."""
 
     def initial_state(self) -> DARHTState:
@@ -149,7 +151,7 @@ def trust_of(label_loss_M: Tensor, *, normalise: bool) -> Tensor:
 
 
 def _by_teacher(quantity: str, values_M: Tensor) -> dict[str, Tensor]:
-    return {f"teacher_{place}_{quantity}": value for place, value in enumerate(values_M)}
+    return {f"teacher_{place}_{quantity}": value for place, value in enumerate(values_M, 1)}
 
 
 def _nothing_to_learn(like: Tensor) -> Tensor:

@@ -35,6 +35,8 @@ class IAD(Stateless):
     Deviation: at most one clean pass of the student, and none before the beginning at w = 1; the
     script makes one there and two afterwards, which moves the BatchNorm statistics.
     Deviation: the learning rate can drop twice; the slip is that of ARD's script.
+    Deviation: the best epoch is chosen on held-out training images by the mean of clean and robust
+    accuracy (there on the test set by robust accuracy).
     """
 
     robust_teacher: Teacher

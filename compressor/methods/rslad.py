@@ -24,7 +24,8 @@ class RSLAD(Stateless):
     its element mean at ten classes, and its ten times that at a hundred.
     Deviation: the divergence is exact; the script adds 1e-5 inside the teacher's logarithm, which
     shifts the value that is logged and no gradient.
-    Deviation: the best epoch is chosen on held-out training images (there on the test set).
+    Deviation: the best epoch is chosen on held-out training images (the script saves every epoch
+    that it tests).
     """
 
     robust_teacher: Teacher

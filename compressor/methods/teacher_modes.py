@@ -59,9 +59,16 @@ def drawing_teachers(
 
     Raises:
         TeacherError: naming the teacher that is an ONNX file, which has only the mode that it was
-            exported in.
+            exported in; or if no teacher of mode `dropout` has a layer that draws.
     """
-    return tuple(_drawing(teacher, mode=mode) for teacher in teachers)
+    copies = tuple(_drawing(teacher, mode=mode) for teacher in teachers)
+    if mode == "dropout" and not any(m.training for c in copies for m in c.network.modules()):
+        names = ", ".join(teacher.name for teacher in teachers)
+        raise TeacherError(
+            f'method.teacher_mode = "dropout", but no teacher has a layer that draws ({names}); '
+            'set method.teacher_mode = "eval"'
+        )
+    return copies
 
 
 def collected_statistics(teachers: Sequence[DrawingTeacher]) -> Mapping[str, Tensor]:

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from compressor.attacks.protocol import Attack
 from compressor.data import Batch
 from compressor.losses import cross_entropy, kl_divergence
-from compressor.methods.protocol import Moment, NoState, Stateless, StepResult, read_back
+from compressor.methods.protocol import Moment, NoState, Stateless, StepResult
+from compressor.methods.terms import weighted_sum
 from compressor.student import Student
 
 
@@ -32,12 +33,8 @@ class TRADES(Stateless):
         x_adv = self.attack(view, batch.x_NCHW, clean_p_NK, keys_N=batch.keys_N)
         clean_logits_NK = student.logits(batch.x_NCHW)
         adv_logits_NK = student.logits(x_adv)
-        clean_loss = cross_entropy(clean_logits_NK, batch.y_N).mean()
-        robust_loss = kl_divergence(clean_logits_NK, adv_logits_NK).mean()
-        clean_value, robust_value = read_back(clean_loss, robust_loss)
-        logged = {
-            "loss_nats": clean_value + self.beta * robust_value,
-            "clean_loss_nats": clean_value,
-            "robust_loss_nats": robust_value,
+        terms = {
+            "clean_loss_nats": (1.0, cross_entropy(clean_logits_NK, batch.y_N).mean()),
+            "robust_loss_nats": (self.beta, kl_divergence(clean_logits_NK, adv_logits_NK).mean()),
         }
-        return StepResult(loss=clean_loss + self.beta * robust_loss, logged=logged), state
+        return weighted_sum(terms), state

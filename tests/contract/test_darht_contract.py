@@ -229,6 +229,13 @@ def test_modes_of_the_copies():
     assert all(m.training for m in drawing_teachers([teacher], mode="train")[0].network.modules())
 
 
+def test_dropout_of_teachers_without_any_is_refused():
+    teacher = make_teacher()
+    teacher.network.backbone.avgpool = nn.AdaptiveAvgPool2d(1)
+    with pytest.raises(TeacherError, match=r'no teacher has a layer that draws \(t1\).*"eval"'):
+        drawing_teachers([teacher], mode="dropout")
+
+
 def test_randomness_inside_is_that_of_the_seed_and_outside_as_before():
     state = torch.random.get_rng_state()
     with drawing_from(3, torch.device("cpu")):

@@ -95,8 +95,8 @@ def oracle_step(net, step, *, last_layer, normalise_trust=True):
             q = softmax(inner[:, own])
             divergence = (p * (np.log(p) - np.log(q))).sum(axis=1).mean()
             losses["distillation_loss_nats"] += v * divergence
-            losses[f"teacher_{place}_trust_ratio"] = v
-            losses[f"teacher_{place}_loss_nats"] = divergence
+            losses[f"teacher_{place + 1}_trust_ratio"] = v
+            losses[f"teacher_{place + 1}_loss_nats"] = divergence
             to_inner[:, own] += v * (q - p) / NUM_IMAGES
         losses["loss_nats"] += losses["distillation_loss_nats"]
     if fraction >= LABELS_UNTIL and last_layer == "labels":
@@ -150,12 +150,20 @@ def make_method(**settings):
     teachers = [linear_teacher(torch.from_numpy(weights)) for weights in TEACHERS]
     attack = InnerAttackRecipe(num_steps=ATTACK_STEPS, step_size_pixels=STEP_SIZE)
     threat = ThreatModel(epsilon_pixels=EPSILON)
+    sound = {
+        "adversarial_share": 0.5,
+        "last_layer": "labels",
+        "normalise_trust": True,
+        "skip_above_nats": None,
+        "has_drawing_teachers": False,
+        "statistics": {},
+    }
     return DARHT(
         teachers=teachers,
         attack=build_inner_attack(attack, threat=threat, objective=cross_entropy),
         distil_from=DISTIL_FROM,
         labels_until=LABELS_UNTIL,
-        **settings,
+        **(sound | settings),
     )
 
 

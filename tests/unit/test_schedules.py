@@ -52,8 +52,11 @@ def test_milestones_same_fractions_of_short_runs(num_epochs, last_epochs_of_each
     assert factors[-1] == pytest.approx(1e-3)
 
 
-def test_milestones_one_epoch_keeps_the_full_rate_at_first_milestone_above_half():
-    assert at_epoch(1, num_epochs=1) == 1
+@pytest.mark.parametrize("milestone", [0.01, 0.5, 215 / 300])
+def test_milestones_never_come_before_the_first_epoch_ends(milestone):
+    schedule = MilestonesRecipe(milestones=(milestone,))
+    assert at_epoch(1, num_epochs=1, schedule=schedule) == 1
+    assert at_epoch(1, num_epochs=1, schedule=MilestonesRecipe(milestones=(0.0,))) == 0.1
 
 
 def test_milestones_empty_never_decays():
