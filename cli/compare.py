@@ -22,6 +22,8 @@ from cli.output import Output
 from compressor.errors import ExitCode, InterruptedRunError
 
 if TYPE_CHECKING:
+    from compressor.comparison.measuring import ImageCounts
+    from compressor.comparison.result import ComparisonResult
     from compressor.comparison_workflow import PreparedComparison
 
 
@@ -39,7 +41,9 @@ def compare(
     ] = None,
     reference: Annotated[
         str | None,
-        typer.Option(metavar="LABEL", help="Tested against the others [default: the first]."),
+        typer.Option(
+            metavar="LABEL", help="The others are tested against it [default: the first]."
+        ),
     ] = None,
     samples: Annotated[
         int | None, typer.Option(min=0, help="Test images for PGD and CW [2000].")
@@ -147,12 +151,25 @@ def _compare(prepared: "PreparedComparison", output: Output) -> None:
     names = ", ".join(path.name for path in others if path.is_file())
     output.say(f"\nTables: {folder.markdown}, {names}")
     output.result(result.model_dump(mode="json"))
-    if any(row.num_measured for row in result.methods):
-        best = max(result.methods, key=lambda row: row.num_measured)
-        name = f"{best.label}-seed{best.runs[0].seed}"
-        output.next_command(f"robust-compress verify {shlex.quote(str(folder.run(name)))}")
+    _refuse_empty(result, prepared.materials.images, output)
+    measured = [
+        f"{row.label}-seed{run.seed}"
+        for row in sorted(result.methods, key=lambda row: -row.num_measured)
+        for run in row.runs
+        if run.status == "measured"
+    ]
+    output.next_command(f"robust-compress verify {shlex.quote(str(folder.run(measured[0])))}")
+
+
+def _refuse_empty(result: "ComparisonResult", images: "ImageCounts", output: Output) -> None:
+    """An exit code of its own where nothing was shown, or nothing of what attacks were to show."""
+    from compressor.comparison.result import ROBUST
+
+    metrics = {score.metric for row in result.methods for score in row.scores}
+    if metrics & set(ROBUST) or (metrics and not list(images.attacks)):
         return
-    output.say("No run has numbers; the notes say why.")
+    what = "an accuracy under attack that may be believed" if metrics else "numbers"
+    output.say(f"No run has {what}; the notes say why.")
     raise typer.Exit(int(ExitCode.INVALID))
 
 
@@ -169,13 +186,17 @@ def _plan_table(prepared: "PreparedComparison") -> dict[str, object]:
                 "label": method.label,
                 "method": method.recipe.method.model_dump(mode="json"),
                 "teachers": method.teachers,
-                "settings": method.settings,
+                "origin": method.origin,
                 "passes": asdict(prepared.passes[method.label]),
             }
             for method in prepared.plan.methods
         ],
         "runs": [
-            {"name": work.planned.name, "estimated_seconds": dict(work.seconds)}
+            {
+                "name": work.planned.name,
+                "estimated_seconds": dict(work.seconds),
+                "failure": work.failure,
+            }
             for work in prepared.work
         ],
         "estimated_seconds": prepared.left_seconds,

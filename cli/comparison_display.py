@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from compressor.comparison.progress import ComparisonProgress
     from compressor.comparison.result import ComparisonResult
     from compressor.comparison.runs import FinishedRun
-    from compressor.comparison_workflow import PreparedComparison
+    from compressor.comparison_workflow import PreparedComparison, Work
 
 _PLAIN_LINE_EVERY_SECONDS = 30.0
 _WIDE_COLUMNS = 115
@@ -38,24 +38,20 @@ def print_plan(prepared: "PreparedComparison", output: Output) -> None:
     rows = []
     for method in plan.methods:
         passes = prepared.passes[method.label]
-        seconds = [
-            sum(work.seconds.values())
-            for work in prepared.work
-            if work.planned.label == method.label
-        ]
+        work = [work for work in prepared.work if work.planned.label == method.label]
         rows.append(
             (
                 method.label,
                 str(len(method.recipes)),
                 f"{passes.student_forwards:.3g} + {passes.student_backwards:.3g}",
                 f"{passes.teacher_forwards:.3g} + {passes.teacher_backwards:.3g}",
-                "finished" if not any(seconds) else f"about {seconds_text(sum(seconds))}",
+                _left(work),
             )
         )
     _table(("method", "seeds", "student passes", "teacher passes", "left to do"), rows, output)
     output.say("Passes: images forwards + backwards per training image.")
     for method in plan.methods:
-        output.say(f"{method.label}: teachers {method.teachers}; settings: {method.settings}")
+        output.say(f"{method.label}: teachers {method.teachers}; settings: {method.origin}")
     output.say(
         f"Test images: {images.clean:,} clean, {images.white_box:,} for PGD_sat, PGD_trades and "
         f"CW_inf, {images.cascade:,} for the AutoAttack-style cascade"
@@ -66,6 +62,17 @@ def print_plan(prepared: "PreparedComparison", output: Output) -> None:
         f"Left to do: about {seconds_text(prepared.left_seconds)} if the machine stays as fast as "
         "in a short test just now"
     )
+
+
+def _left(work: "Sequence[Work]") -> str:
+    """Of one method; what failed is not tried again."""
+    from compressor.comparison.tables import seconds_text
+
+    num_failed = sum(one.failure is not None for one in work)
+    seconds = sum(sum(one.seconds.values()) for one in work)
+    failed = [f"{num_failed} failed"] if num_failed else []
+    left = [f"about {seconds_text(seconds)}"] if seconds else []
+    return ", ".join([*failed, *left]) or "finished"
 
 
 @contextmanager
@@ -97,11 +104,15 @@ def run_line(finished: "FinishedRun") -> str:
 
 def print_result(result: "ComparisonResult", output: Output) -> None:
     """The main table in one piece where the terminal is wide, else in two; then the tests."""
-    from compressor.comparison.tables import main_cells, paired_cells
+    from compressor.comparison.tables import W_ROBUST_NOTE, main_cells, paired_cells, setting_text
 
     header, rows = main_cells(result)
-    header = tuple(name.replace(" (n = ", "\n(n = ") for name in header)
-    output.title(f"{result.name}: percent, mean ± standard deviation over seeds")
+    header = tuple(
+        name.replace(" (n = ", "\n(n = ").replace("AutoAttack-", "AutoAttack-\n") for name in header
+    )
+    rows = [tuple(cell.replace(" [", "\n[") for cell in row) for row in rows]
+    output.title(f"{result.name}: {setting_text(result)}")
+    output.say("percent, mean ± standard deviation over seeds")
     if output.console.width >= _WIDE_COLUMNS:
         _table(header, rows, output)
     else:
@@ -114,13 +125,18 @@ def print_result(result: "ComparisonResult", output: Output) -> None:
     if lines:
         output.title(f"Against {result.reference}, on the same images")
         kept = (0, 1, 2, 3, 4, 7, 8)
-        _table([tests[i] for i in kept], [[line[i] for i in kept] for line in lines], output)
+        short = [[line[i].replace("AutoAttack-style", "AA-style") for i in kept] for line in lines]
+        _table([tests[i] for i in kept], short, output)
         output.say(
             f"Exact paired tests of the images, Holm's correction for all {result.num_tests}. "
             "`weights`: these differ; whether the method does, the seeds do not show."
         )
+        if any(row.pair("w_robust") for row in result.methods):
+            output.say(W_ROBUST_NOTE)
     for note in result.notes:
         output.say(f"Note: {note}")
+    if any(run.status == "failed" for row in result.methods for run in row.runs):
+        output.say("Note: --retry tries again what failed.")
 
 
 class _PlainLines:

@@ -14,7 +14,7 @@ import typer
 
 from cli.options import DeviceOption, DownloadOption, JsonOption, ThreadsOption
 from cli.output import Output
-from compressor.errors import UsageError
+from compressor.errors import InterruptedRunError, UsageError
 
 if TYPE_CHECKING:
     from compressor.recipe import TeacherRecipe
@@ -82,7 +82,7 @@ def rank_teachers(
         _refuse_unwritable(out)
     from cli.training import performance_settings
     from compressor.reports.teacher_pages import write_ranking
-    from compressor.teacher_ranking_workflow import RankingRequest, rank_teachers
+    from compressor.teacher_ranking_workflow import RankingRequest, is_recipe, rank_teachers
 
     request = RankingRequest(
         sources=teachers,
@@ -95,15 +95,17 @@ def rank_teachers(
         settings=performance_settings(device=device, dtype="float32", num_threads=threads),
         download=download,
     )
-    with _display(output) as observe:
-        ranking, tables = rank_teachers(request, observe=observe)
+    try:
+        with _display(output) as observe:
+            ranking, tables = rank_teachers(request, observe=observe)
+    except KeyboardInterrupt:
+        raise InterruptedRunError("interrupted; nothing is kept") from None
     paths = write_ranking(ranking, out) if out is not None else []
     output.result(ranking.model_dump(mode="json") | {"files": [str(path) for path in paths]})
     _print(ranking, output)
     if paths:
         output.say(f"\nWritten: {paths[0]}, {', '.join(path.name for path in paths[1:])}")
-    recipes = [text for text in teachers if text.endswith(".toml")]
-    output.next_command(_next(ranking, tables, recipe=recipes[0] if recipes else _NO_RECIPE))
+    _say_next(ranking, tables, output, recipe=next(filter(is_recipe, teachers), _NO_RECIPE))
 
 
 def _threat(epsilon: str | None, norm: str | None) -> "ThreatModel | None":
@@ -201,23 +203,32 @@ def _table(table: "Table", output: Output) -> None:
     output.table(table.header, table.rows)
 
 
-def _next(ranking: "TeacherRanking", tables: "Sequence[TeacherRecipe]", *, recipe: str) -> str:
-    """Distilling from the recommended ones, with the best on clean images as clean teacher.
+def _say_next(
+    ranking: "TeacherRanking", tables: "Sequence[TeacherRecipe]", output: Output, *, recipe: str
+) -> None:
+    """Distilling from the recommended ones and from the best of the others on clean images.
 
     Where there is a recipe, as many as its method takes.
     """
     if ranking.chosen is None:
-        return "robust-compress teacher train RECIPE.toml --role robust"
-    most_clean, most_robust = _most_teachers(recipe)
-    if most_robust == 0:  # another kind of method
-        recipe, most_clean, most_robust = _NO_RECIPE, 1, len(tables)
-    accuracies = [teacher.clean.fraction for teacher in ranking.teachers]
-    best = accuracies.index(max(accuracies))
-    rows = [("clean", tables[best])] if most_clean else []
-    robust = [number - 1 for number in ranking.chosen.numbers]
-    rows += [("robust", tables[place]) for place in robust[:most_robust]]
+        output.next_command("robust-compress teacher train RECIPE.toml --role robust")
+        return
+    num_clean, num_robust = _most_teachers(recipe)
+    if num_robust == 0:  # another kind of method
+        recipe, num_clean, num_robust = _NO_RECIPE, 1, len(tables)
+    robust = [number - 1 for number in ranking.chosen.numbers][:num_robust]
+    others = [place for place in range(len(tables)) if place not in robust]
+    rows = [("robust", tables[place]) for place in robust]
+    if num_clean:
+        best = max(others or robust, key=lambda place: ranking.teachers[place].clean.fraction)
+        rows.insert(0, ("clean", tables[best]))
+        if not others:
+            name = ranking.teachers[best].name
+            output.say(f"No teacher is left over, so {name} serves as clean and as robust teacher.")
     value = ", ".join(_inline_table(role, table) for role, table in rows)
-    return shlex.join(["robust-compress", "distill", recipe, "--set", f"teachers=[{value}]"])
+    output.next_command(
+        shlex.join(["robust-compress", "distill", recipe, "--set", f"teachers=[{value}]"])
+    )
 
 
 def _most_teachers(recipe: str) -> tuple[int, int]:

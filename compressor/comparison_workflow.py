@@ -3,7 +3,12 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from compressor.comparison.estimate import measure_passes, measuring_seconds, training_seconds
+from compressor.comparison.estimate import (
+    PassSeconds,
+    measure_passes,
+    measuring_seconds,
+    training_seconds,
+)
 from compressor.comparison.folder import ComparisonFolder
 from compressor.comparison.measuring import ImageCounts, MeasuringWatchers
 from compressor.comparison.passes import Passes, count_passes
@@ -15,22 +20,29 @@ from compressor.comparison.runs import (
     HowToRun,
     Materials,
     complete_run,
+    find_failure,
     work_left,
 )
 from compressor.comparison.summary import summarise
 from compressor.comparison.tables import to_csv, to_latex, to_markdown
 from compressor.data import TrainingData, load_training_data
 from compressor.environment import describe_environment
-from compressor.errors import RecipeError, RobustCompressError
+from compressor.errors import RecipeError, RobustCompressError, TeacherError
 from compressor.image_sources import open_source
 from compressor.methods.build import build_method
 from compressor.performance import Performance, resolve_performance
-from compressor.recipe import TeacherRecipe
-from compressor.reports.comparison_picture import comparison_picture, standalone_svg
+from compressor.recipe import Recipe, TeacherRecipe
+from compressor.reports.comparison_picture import comparison_picture
+from compressor.reports.svg import standalone_svg
 from compressor.run_directory import RunDirectory, write_text_atomically
 from compressor.schedules import num_steps_of
 from compressor.teacher import Teacher
-from compressor.training_workflow import load_teachers
+from compressor.teacher_check import refuse_unfit
+from compressor.training_workflow import (
+    check_teachers,
+    load_teachers,
+    refuse_single_image_batches,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +51,9 @@ class Work:
 
     planned: PlannedRun
     seconds: Mapping[str, float]
-    """Estimated, by part; empty where all is finished."""
+    """Estimated, by part; empty where nothing is left."""
+    failure: str | None
+    """Why an earlier call came to nothing; it is not tried again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +82,8 @@ def prepare_comparison(
     Nothing is written.
 
     Raises:
-        RecipeError: naming every method that cannot be built with its teachers.
+        RecipeError: naming every method that cannot be built with its teachers, and every teacher
+            that is unfit.
         CheckpointError: if a run folder belongs to another recipe or other files.
         RobustCompressError: if data or teachers cannot be used.
     """
@@ -81,10 +96,9 @@ def prepare_comparison(
         device=performance.device,
         download=how.download,
     )
+    refuse_single_image_batches(recipe, data)
     test = open_source(recipe.data, part="test", download=how.download)
     teachers = _load_all_teachers(plan, data, performance)
-    _build_all_methods(plan, data, teachers)
-    passes = {method.label: count_passes(method.recipe) for method in plan.methods}
     materials = Materials(
         training_sha256=data.train.content_sha256,
         test_sha256=test.content_sha256,
@@ -92,24 +106,23 @@ def prepare_comparison(
         images=_image_counts(plan, num_test=len(test.labels)),
         teacher_sha256={table.source: teacher.sha256 for table, teacher in teachers.items()},
     )
+    left = {run.name: work_left(run, folder, materials, retry=how.retry) for run in plan.runs}
+    to_train = [run.recipe for run in plan.runs if "training" in left[run.name]]
+    unfit = _unfit_teachers(to_train, data, teachers)
+    unbuildable = _unbuildable_methods(plan, data, teachers)
+    if problems := unbuildable + ([] if how.accept_teachers else unfit):
+        raise RecipeError("not comparable, so nothing was run:\n" + "\n".join(problems))
+    passes = {method.label: count_passes(method.recipe) for method in plan.methods}
     by_source = {table.source: teacher for table, teacher in teachers.items()}
     speed = measure_passes(recipe, data, by_source, performance=performance)
-
-    def estimated(planned: PlannedRun) -> Mapping[str, float]:
-        seconds = measuring_seconds(planned.recipe, speed, images=materials.images)
-        seconds["training"] = training_seconds(
-            planned.recipe,
-            passes[planned.label],
-            speed,
-            num_images=data.train.num_images,
-            num_validation=data.validation.num_images,
-        )
-        parts = work_left(planned, folder, materials, retry=how.retry)
-        return {part: seconds[part] for part in parts}
-
-    work = tuple(Work(planned=planned, seconds=estimated(planned)) for planned in plan.runs)
+    work = []
+    for run in plan.runs:
+        seconds = _seconds_of(run, passes[run.label], speed, data=data, images=materials.images)
+        parts = {part: seconds[part] for part in left[run.name]}
+        failure = None if how.retry else find_failure(run, folder, materials)
+        work.append(Work(planned=run, seconds=parts, failure=failure))
     return PreparedComparison(
-        plan=plan, folder=folder, materials=materials, passes=passes, work=work, how=how
+        plan=plan, folder=folder, materials=materials, passes=passes, work=tuple(work), how=how
     )
 
 
@@ -163,7 +176,8 @@ def _write(prepared: PreparedComparison, finished: Sequence[FinishedRun]) -> Com
         environment=describe_environment(performance),
     )
     folder, picture = prepared.folder, comparison_picture(result)
-    write_text_atomically(folder.markdown, to_markdown(result))
+    page = to_markdown(result, picture, picture_name=folder.picture.name)
+    write_text_atomically(folder.markdown, page)
     write_text_atomically(folder.csv, to_csv(result))
     write_text_atomically(folder.latex, to_latex(result))
     if picture is None:
@@ -172,6 +186,20 @@ def _write(prepared: PreparedComparison, finished: Sequence[FinishedRun]) -> Com
         write_text_atomically(folder.picture, standalone_svg(picture))
     write_result(result, folder.result)
     return result
+
+
+def _seconds_of(
+    run: PlannedRun, passes: Passes, speed: PassSeconds, *, data: TrainingData, images: ImageCounts
+) -> dict[str, float]:
+    """Estimated, by part, were nothing done yet."""
+    training = training_seconds(
+        run.recipe,
+        passes,
+        speed,
+        num_images=data.train.num_images,
+        num_validation=data.validation.num_images,
+    )
+    return {"training": training, **measuring_seconds(run.recipe, speed, images=images)}
 
 
 def _image_counts(plan: ComparisonPlan, *, num_test: int) -> ImageCounts:
@@ -196,9 +224,10 @@ def _load_all_teachers(
     return dict(zip(tables, load_teachers(recipe, data, performance=performance), strict=True))
 
 
-def _build_all_methods(
+def _unbuildable_methods(
     plan: ComparisonPlan, data: TrainingData, teachers: Mapping[TeacherRecipe, Teacher]
-) -> None:
+) -> list[str]:
+    """What each method says that cannot be built with its teachers."""
     problems = []
     for method in plan.methods:
         recipe = method.recipe
@@ -211,5 +240,18 @@ def _build_all_methods(
             )
         except RobustCompressError as error:
             problems.append(f"{method.label}: {error}")
-    if problems:
-        raise RecipeError("not comparable, so nothing was run:\n" + "\n".join(problems))
+    return problems
+
+
+def _unfit_teachers(
+    recipes: Sequence[Recipe], data: TrainingData, teachers: Mapping[TeacherRecipe, Teacher]
+) -> list[str]:
+    """What is wrong with the teachers of these recipes, whose data and threat are the same."""
+    tables = dict.fromkeys(table for recipe in recipes for table in recipe.teachers)
+    problems = []
+    for check in check_teachers([teachers[t] for t in tables], recipes[0], data) if tables else ():
+        try:
+            refuse_unfit(check)
+        except TeacherError as error:
+            problems.append(str(error))
+    return problems

@@ -174,6 +174,7 @@ def _answer_clean(
     teacher: Teacher, batches: Sequence[Batch], observe: Callable[[RankingProgress], None]
 ) -> _Clean:
     observe(RankingProgress(doing=f"asking {teacher.name}", done_fraction=0.0, left_seconds=None))
+    teacher.logits(batches[0].x_NCHW).cpu()  # the first time is slower, and not counted
     began_at = time.perf_counter()
     logits_NK = torch.cat([teacher.logits(batch.x_NCHW).cpu() for batch in batches])
     spent_seconds = time.perf_counter() - began_at

@@ -6,6 +6,7 @@ N images, T teachers in the order given; numbers are those of the ranking, from 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ class Found:
     teachers: Sequence[Teacher]
     measured: Measured
 
-    @property
+    @cached_property
     def order(self) -> list[int]:
         """Places of the teachers by rank: the most robust first, those not attacked last."""
         standing = self.measured.standing().sum(dim=1).tolist()
@@ -130,9 +131,9 @@ def recommend(found: Found, *, num_wanted: int, transfer_weight: float) -> Chose
     )
 
 
-def notes_on(found: Found) -> tuple[str, ...]:
-    """What a reader must know of single teachers."""
-    measured, notes = found.measured, []
+def notes_on(found: Found, *, seen: Sequence[Seen]) -> tuple[str, ...]:
+    """What a reader must know of single teachers; `seen` in the order given."""
+    measured, notes = found.measured, _notes_on_seen(found, seen)
     evidence = _evidence(found, None)
     best = max((value for value in evidence.robust if value is not None), default=0.0)
     fit = robust_places(evidence)
@@ -160,6 +161,22 @@ def notes_on(found: Found) -> tuple[str, ...]:
                 "be hidden, so verify it before you trust it"
             )
     return tuple(notes)
+
+
+def _notes_on_seen(found: Found, seen: Sequence[Seen]) -> list[str]:
+    """Who may flatter beside whom; if nothing is known of any teacher, they are alike."""
+    notes = [
+        f"{found.teachers[place].name} was trained on some of these images; its accuracies flatter"
+        for place in found.order
+        if seen[place] == "yes"
+    ]
+    unknown = [found.teachers[place].name for place in found.order if seen[place] == "unknown"]
+    if unknown and set(seen) != {"unknown"}:
+        notes.append(
+            f"{', '.join(unknown)} may have been trained on some of these images, which files do "
+            "not say; accuracies would then flatter beside the others"
+        )
+    return notes
 
 
 def _evidence(found: Found, weights_N: Tensor | None) -> Evidence:

@@ -99,6 +99,7 @@ def rank_teachers(
         observe=observe,
     )
     found = Found(teachers=teachers, measured=measured)
+    seen = [_has_seen(table.source, asked, split) for table in asked.tables]
     ranking = TeacherRanking(
         data=asked.data.source.partition(":")[0],
         content_sha256=split.content_sha256,
@@ -110,28 +111,26 @@ def rank_teachers(
         epsilon_pixels=asked.threat.epsilon_pixels,
         num_steps=request.num_steps,
         teachers=ranked_teachers(
-            found,
-            sources=[table.source for table in asked.tables],
-            seen=[_has_seen(table.source, asked, split) for table in asked.tables],
+            found, sources=[table.source for table in asked.tables], seen=seen
         ),
         transfer=transfer_cells(found),
         chosen=recommend(
             found, num_wanted=request.num_wanted, transfer_weight=request.transfer_weight
         ),
-        notes=notes_on(found),
+        notes=notes_on(found, seen=seen),
     )
     return ranking, [asked.tables[place] for place in found.order]
 
 
 def _read(request: RankingRequest) -> _Asked:
     """Its recipe, if there is one among the sources, gives what is not named."""
-    paths = [source for source in request.sources if _is_recipe(source)]
+    paths = [source for source in request.sources if is_recipe(source)]
     if len(paths) > 1:
         raise UsageError(f"{' and '.join(paths)} are two recipes; name one, and teachers besides")
     recipe = load_recipe(Path(paths[0])) if paths else None
     tables: list[TeacherRecipe] = []
     for source in request.sources:
-        if recipe is not None and _is_recipe(source):
+        if recipe is not None and is_recipe(source):
             tables += recipe.teachers
         else:
             tables.append(TeacherRecipe(role="robust", source=source))
@@ -146,7 +145,8 @@ def _read(request: RankingRequest) -> _Asked:
     )
 
 
-def _is_recipe(source: str) -> bool:
+def is_recipe(source: str) -> bool:
+    """Whether it is a recipe that is meant, not a teacher."""
     return Path(source).suffix == ".toml" and ":" not in source
 
 

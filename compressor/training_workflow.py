@@ -83,7 +83,7 @@ def train(
         device=performance.device,
         download=request.download,
     )
-    _refuse_single_image_batches(recipe, data)
+    refuse_single_image_batches(recipe, data)
     _refuse_other_test_images(recipe, data, download=request.download)
     teachers = load_teachers(recipe, data, performance=performance)
     method = build_method(
@@ -92,7 +92,7 @@ def train(
         teachers=teachers,
         num_steps=num_steps_of(recipe, num_images=data.train.num_images),
     )
-    checks = _check_teachers(teachers, recipe, data)
+    checks = check_teachers(teachers, recipe, data)
     for check in checks:
         on_teacher(check)
         if not request.accept_teachers:
@@ -174,9 +174,14 @@ def load_teachers(
     return tuple(teachers)
 
 
-def _check_teachers(
+def check_teachers(
     teachers: Sequence[Teacher], recipe: Recipe, data: TrainingData
 ) -> list[TeacherCheck]:
+    """A short look at each teacher, on held-out images.
+
+    Raises:
+        TeacherError: if an answer is not finite.
+    """
     attack = PGD(
         threat=recipe.threat.build(),
         step_size_pixels=recipe.threat.epsilon_pixels / 2,
@@ -236,8 +241,12 @@ def writing_metrics(training: Training, state: TrainState) -> Iterator[Training]
         yield dataclasses.replace(training, observe=observe)
 
 
-def _refuse_single_image_batches(recipe: Recipe, data: TrainingData) -> None:
-    """BatchNorm in train mode cannot normalise over one value."""
+def refuse_single_image_batches(recipe: Recipe, data: TrainingData) -> None:
+    """BatchNorm in train mode cannot normalise over one value.
+
+    Raises:
+        DataError: if the last batch of an epoch would be of one image, or the first not full.
+    """
     num_images, batch_size = data.train.num_images, recipe.training.batch_size
     if num_images < batch_size:
         raise DataError(

@@ -7,6 +7,7 @@ import csv
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -22,18 +23,6 @@ from compressor.threat import ThreatModel
 
 WHITE_BOX = ("pgd_sat", "pgd_trades", "cw_inf")
 CASCADE = ("apgd_ce", "apgd_t", "fab_t", "square")
-
-
-class CleanAnswers(ClosedTable):
-    """Which test images a model answers correctly; float32, eval mode, nothing augmented."""
-
-    schema_version: int = 1
-    model_sha256: str
-    content_sha256: str
-    """Of the test images."""
-    index: TupleOf[int]
-    """Positions in the test images."""
-    is_correct: TupleOf[bool]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +45,23 @@ class Standing:
         return Proportion(num_correct=sum(self.stands), num_total=len(self.stands))
 
 
+class CleanAnswers(ClosedTable):
+    """Which test images a model answers correctly; float32, eval mode, nothing augmented."""
+
+    schema_version: int = 1
+    model_sha256: str
+    content_sha256: str
+    """Of the test images."""
+    index: TupleOf[int]
+    """Positions in the test images."""
+    is_correct: TupleOf[bool]
+
+    @property
+    def standing(self) -> Standing:
+        """In the order of the images."""
+        return Standing.of(dict(zip(self.index, self.is_correct, strict=True)))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Attacked:
     """What one verification of one run says."""
@@ -66,7 +72,8 @@ class Attacked:
     by_attack: Mapping[str, Standing]
     """Each attack alone, where it tried every correct image."""
     worst_case: Standing
-    duration_seconds: float
+    measured_on: str
+    """See `made_on`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +90,8 @@ class Examination:
     """What a verification must have tried, to be of use."""
 
     threat: ThreatModel
-    attacks: tuple[str, ...]
+    attacks: Mapping[str, Mapping[str, Any]]
+    """Their parameters by name, in order."""
     num_images: int
     protocol: str
     """What the worst case over the attacks is called, which tells the mode."""
@@ -92,7 +100,8 @@ class Examination:
         """Whether a finished report tried exactly this, on images drawn by seed 0."""
         return (
             ThreatModel(norm=report.norm, epsilon_pixels=report.epsilon_pixels) == self.threat
-            and tuple(row.name for row in report.attacks) == self.attacks
+            and [row.name for row in report.attacks] == list(self.attacks)
+            and all(row.parameters == self.attacks[row.name] for row in report.attacks)
             and report.clean.num_total == self.num_images
             and report.protocol == self.protocol
             and (report.seed, report.looks, report.is_complete) == (0, "one", True)
@@ -113,7 +122,7 @@ def find_clean(path: Path, subject: Subject, *, num_images: int) -> Standing | N
     known = Subject(model_sha256=found.model_sha256, content_sha256=found.content_sha256)
     if known != subject or {len(found.index), len(found.is_correct)} != {num_images}:
         return None
-    return Standing.of(dict(zip(found.index, found.is_correct, strict=True)))
+    return found.standing
 
 
 def find_attacked(
@@ -164,8 +173,15 @@ def read_attacked(report: RobustnessReport, files: ReportFiles) -> Attacked:
         clean=Standing.of(clean),
         by_attack=by_attack,
         worst_case=Standing.of({place: broken is None for place, broken in broken_by.items()}),
-        duration_seconds=report.duration_seconds,
+        measured_on=made_on(report.environment),
     )
+
+
+def made_on(environment: Mapping[str, Any]) -> str:
+    """What of an environment may move a number: device, number format and software."""
+    place = [str(environment.get(key)) for key in ("device", "number_format")]
+    software = [f"{name} {environment.get(name)}" for name in ("robust-compress", "torch")]
+    return ", ".join([*place, *software])
 
 
 def _rows(path: Path) -> dict[int, dict[str, str]]:

@@ -2,11 +2,11 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from typing import Any
 
 import torch
 
-from compressor.attacks.stages import protocol_of
+from compressor.attacks.stages import build_stages, protocol_of
 from compressor.comparison.folder import ComparisonFolder
 from compressor.comparison.measurements import (
     CASCADE,
@@ -22,14 +22,17 @@ from compressor.comparison.measurements import (
     write_clean,
 )
 from compressor.data import evaluation_batches, load_test_split
+from compressor.errors import DataError
 from compressor.networks import evaluation_mode, load_trained
 from compressor.performance import resolve_performance
 from compressor.performance_settings import PerformanceSettings
+from compressor.recipe import DataRecipe
 from compressor.recipe_file import load_recipe
 from compressor.run_directory import RunDirectory, read_facts
+from compressor.threat import ThreatModel
 from compressor.verification.cascade import answer_clean
 from compressor.verification.progress import VerificationProgress
-from compressor.verification.request import VerificationRequest
+from compressor.verification.request import VerificationRequest, fitting_batch_size
 from compressor.verification.verification import network_subject
 from compressor.verification_workflow import verify
 
@@ -85,9 +88,8 @@ def find_measured(
         images: how many test images each part is to have.
         test_sha256: of the content of the test images.
     """
-    model_sha256 = read_facts(run)["model_sha256"]
-    subject = Subject(model_sha256=model_sha256, content_sha256=test_sha256)
-    name = run.path.name
+    facts, name = read_facts(run), run.path.name
+    subject = Subject(model_sha256=facts["model_sha256"], content_sha256=test_sha256)
     threat = load_recipe(run.resolved_recipe).threat.build()
     attacked = {
         part: find_attacked(
@@ -96,7 +98,7 @@ def find_measured(
             subject,
             Examination(
                 threat=threat,
-                attacks=tuple(attacks),
+                attacks=_parameters(attacks, threat, facts["image_shape"]),
                 num_images=num_images,
                 protocol=protocol_of(attacks, "fast"),
             ),
@@ -113,21 +115,35 @@ def measure(
     found: Measured,
     *,
     images: ImageCounts,
+    data: DataRecipe,
+    test_sha256: str,
     settings: PerformanceSettings,
     watchers: MeasuringWatchers,
 ) -> Measured:
     """Measure what `found` lacks; each part is on disk before the next begins.
 
+    Args:
+        run: see `find_measured`.
+        folder: of the comparison.
+        found: what is known already.
+        images: how many test images each part is to have.
+        data: where these are now; the run may have been trained when they lay elsewhere.
+        test_sha256: of the content of the test images.
+        settings: how fast.
+        watchers: told before each part, and while it attacks.
+
     Raises:
         InvalidEvaluationError: if an attack left its threat model.
+        DataError: if the images are not those that were meant.
         RobustCompressError: if the data cannot be used.
     """
-    missing = found.lacks(images)
+    missing, name = found.lacks(images), run.path.name
     if "clean" in missing:
         watchers.part("clean")
-        path = folder.clean(run.path.name)
-        clean = _answer(run, path, num_images=images.clean, settings=settings)
-        found = replace(found, clean=clean)
+        answers = _answer(run, data, num_images=images.clean, settings=settings)
+        _refuse_other_images(answers.content_sha256, test_sha256)
+        write_clean(folder.clean(name), answers)
+        found = replace(found, clean=answers.standing)
     for part, attacks, num_images in images.attacks:
         if part not in missing:
             continue
@@ -135,11 +151,14 @@ def measure(
         request = VerificationRequest(
             target=str(run.path),
             settings=settings,
+            data_source=data.source,
             attacks=attacks,
             num_images=num_images,
-            folder=folder.verification(run.path.name),
+            folder=folder.verification(name),
         )
-        attacked = read_attacked(*verify(request, observe=watchers.verification))
+        report, files = verify(request, observe=watchers.verification)
+        _refuse_other_images(report.data.content_sha256, test_sha256)
+        attacked = read_attacked(report, files)
         if part == "white_box":
             found = replace(found, white_box=attacked)
         else:
@@ -147,13 +166,31 @@ def measure(
     return found
 
 
+def _parameters(
+    attacks: Sequence[str], threat: ThreatModel, image_shape: Sequence[int]
+) -> dict[str, dict[str, Any]]:
+    """Of the attacks, as a verification of today has them."""
+    channels, height, width = image_shape
+    batch_size = fitting_batch_size((channels, height, width))
+    stages = build_stages(attacks, threat=threat, mode="fast", batch_size=batch_size)
+    return {stage.name: dict(stage.parameters) for stage in stages}
+
+
+def _refuse_other_images(content_sha256: str, expected: str) -> None:
+    if content_sha256 != expected:
+        raise DataError(
+            f"the test images changed while they were measured on (content hash now "
+            f"{content_sha256[:12]}, {expected[:12]} at the beginning); put them back, or run the "
+            "same command again with those that are to count"
+        )
+
+
 def _answer(
-    run: RunDirectory, path: Path, *, num_images: int, settings: PerformanceSettings
-) -> Standing:
+    run: RunDirectory, data: DataRecipe, *, num_images: int, settings: PerformanceSettings
+) -> CleanAnswers:
     """Answers on clean test images, as a verification gives them."""
     performance = resolve_performance(settings)
     network, _ = load_trained(run)
-    data = load_recipe(run.resolved_recipe).data
     split = load_test_split(
         data, settings=settings, device=performance.device, num_images=num_images
     )
@@ -164,12 +201,9 @@ def _answer(
             found = answer_clean(subject, batch, torch.arange(len(batch.y_N)))
             is_correct = [not row.is_fooled for row in found]
             flags |= zip(batch.index_N.tolist(), is_correct, strict=True)
-    standing = Standing.of(flags)
-    answers = CleanAnswers(
+    return CleanAnswers(
         model_sha256=read_facts(run)["model_sha256"],
         content_sha256=split.content_sha256,
-        index=standing.index,
-        is_correct=standing.stands,
+        index=tuple(flags),
+        is_correct=tuple(flags.values()),
     )
-    write_clean(path, answers)
-    return standing

@@ -18,13 +18,15 @@ from compressor.methods.build import build_method
 from compressor.methods.protocol import Moment
 from compressor.networks import NetworkSpec, build_classifier
 from compressor.performance import Performance
-from compressor.randomness import sample_keys
+from compressor.randomness import Stream, sample_keys, uniform
 from compressor.recipe import Recipe
 from compressor.student import Student
 from compressor.teacher import Teacher
 from compressor.training_workflow import student_network
 
-_NUM_MOMENTS = 20
+_NUM_MOMENTS, _NUM_KEYS = 20, 10_000
+_GOLDEN_RATIO = (1 + 5**0.5) / 2
+"""Its multiples, modulo one, are spread evenly over every part of a run."""
 _NUM_IMAGES, _NUM_CLASSES = 4, 10
 _SPEC = NetworkSpec(architecture="tiny", width=0.5, num_classes=_NUM_CLASSES, image_shape=(3, 8, 8))
 
@@ -46,8 +48,9 @@ class Passes:
 def count_passes(recipe: Recipe, *, num_moments: int = _NUM_MOMENTS) -> Passes:
     """Let the method of `recipe` take a step at `num_moments` moments spread over the run.
 
-    Methods that change their steps on the way, or toss a coin for each batch, are counted as often
-    as they do either at these moments. Neither data nor the teachers' files are read.
+    Methods that change their steps on the way are counted as often as they do at these moments.
+    Where a batch tosses a coin for the next, coins fall as evenly as they can. Neither data nor
+    the teachers' files are read.
     """
     student_tally, teacher_tally = _Tally(), _Tally()
     performance = Performance(device=torch.device("cpu"))
@@ -60,9 +63,9 @@ def count_passes(recipe: Recipe, *, num_moments: int = _NUM_MOMENTS) -> Passes:
         recipe.method, threat=recipe.threat.build(), teachers=teachers, num_steps=num_moments
     )
     state: Any = method.initial_state()
-    for place in range(num_moments):
+    for place, key in enumerate(_even_keys(num_moments)):
         moment = Moment(fraction=(place + 0.5) / num_moments)
-        result, state = method.step(student, _batch(place), state, moment)
+        result, state = method.step(student, _batch(place, key), state, moment)
         if result.loss.requires_grad:
             result.loss.backward()  # type: ignore[no-untyped-call]
         student.network.zero_grad()
@@ -143,12 +146,23 @@ def _counting_teacher(role: Any, tally: _Tally, *, seed: int) -> Teacher:  # noq
     )
 
 
-def _batch(place: int) -> Batch:
+def _even_keys(num_moments: int) -> Tensor:
+    """First keys of batches that draw for the next one: a number in each n-th of [0, 1)."""
+    keys = sample_keys(torch.arange(_NUM_KEYS), seed=0)
+    keys = keys[uniform(keys, stream=Stream.NEXT_BATCH).argsort()]
+    mixed = torch.arange(num_moments, dtype=torch.float64) * _GOLDEN_RATIO % 1
+    quantiles = (mixed.argsort().argsort() + 0.5) / num_moments
+    return keys[(quantiles * _NUM_KEYS).long()]
+
+
+def _batch(place: int, first_key: Tensor) -> Batch:
     generator = torch.Generator().manual_seed(place)
     index_N = torch.arange(_NUM_IMAGES)
+    keys_N = sample_keys(index_N, seed=place)
+    keys_N[0] = first_key
     return Batch(
         x_NCHW=torch.rand(_NUM_IMAGES, *_SPEC.image_shape, generator=generator),
         y_N=index_N % _NUM_CLASSES,
         index_N=index_N,
-        keys_N=sample_keys(index_N, seed=place),
+        keys_N=keys_N,
     )

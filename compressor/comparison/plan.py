@@ -12,6 +12,7 @@ from compressor.method_recipes import MethodRecipe
 from compressor.method_table import InnerAttackRecipe, MethodTable
 from compressor.recipe import Recipe, TeacherRecipe
 from compressor.recipe_file import apply_override, parse_recipe, read_table
+from compressor.threat import format_pixels
 
 _BUDGET = ("num_steps", "step_size_pixels")
 
@@ -25,7 +26,7 @@ class PlannedMethod:
     """One per seed; all else is the same."""
     teachers: str
     """Which of the base's teachers it takes, and which it leaves."""
-    settings: str
+    origin: str
     """Where the values of its table come from."""
 
     @property
@@ -88,9 +89,8 @@ def make_plan(request: ComparisonRequest, *, overrides: Sequence[str] = ()) -> C
     base = read_table(path)
     for override in (*request.base.set, *overrides):
         apply_override(base, override)
-    shared = parse_recipe(
-        {**base, "method": {"name": "cross_entropy"}, "teachers": []}, origin=str(path)
-    )
+    _refuse_lost_settings(request, base, overrides)
+    shared = parse_recipe({**base, **_own_method(base)}, origin=str(path))
     labels = [entry.shown_label for entry in request.methods]
     twice = [label for label, count in Counter(labels).items() if count > 1]
     if twice:
@@ -118,6 +118,35 @@ def make_plan(request: ComparisonRequest, *, overrides: Sequence[str] = ()) -> C
     )
 
 
+def _refuse_lost_settings(
+    request: ComparisonRequest, base: Mapping[str, Any], overrides: Sequence[str]
+) -> None:
+    """Of the base's method nobody reads more than the budget, unless it is compared itself."""
+    method = base.get("method")
+    name = method.get("name") if isinstance(method, dict) else None
+    if name in {entry.name for entry in request.methods}:
+        return
+    budget = {f"method.attack.{key}" for key in _BUDGET}
+    for override in (*request.base.set, *overrides):
+        key = override.partition("=")[0].strip()
+        if f"{key}.".startswith("method.") and key not in budget:
+            raise UsageError(
+                f"--set {key} changes {name}, which is not compared; use settings in a comparison "
+                "file"
+            )
+
+
+def _own_method(base: Mapping[str, Any]) -> dict[str, Any]:
+    """The base's own method with as many teachers as it needs, whichever there are."""
+    method = base.get("method", {"name": "cross_entropy"})
+    name = method.get("name") if isinstance(method, dict) else None
+    kind = _method_tables().get(str(name), MethodTable)
+    num_clean, num_robust = kind.teachers.clean[0], kind.teachers.robust[0]
+    num_robust = max(num_robust, kind.teachers.together[0] - num_clean)
+    roles = ["clean"] * num_clean + ["robust"] * num_robust
+    return {"method": method, "teachers": [{"role": role, "source": "any"} for role in roles]}
+
+
 def _planned(
     entry: MethodEntry,
     base: Mapping[str, Any],
@@ -143,7 +172,7 @@ def _planned(
         label=label,
         recipes=recipes,
         teachers=_teacher_text(recipes[0].teachers, num_left=len(teachers) - len(places)),
-        settings=said,
+        origin=said,
     )
 
 
@@ -240,15 +269,15 @@ def _teacher_text(teachers: Sequence[TeacherRecipe], *, num_left: int) -> str:
 
 def _notes(methods: Sequence[PlannedMethod]) -> tuple[str, ...]:
     notes = []
-    budgets: dict[tuple[int, float | None], list[str]] = {}
+    budgets: dict[tuple[int, float], list[str]] = {}
     for method in methods:
         if method.attack is not None:
-            key = (method.attack.num_steps, method.attack.step_size_pixels)
-            budgets.setdefault(key, []).append(method.label)
+            quarter = method.recipe.threat.epsilon_pixels / 4
+            size = round(method.attack.step_size_pixels or quarter, 9)
+            budgets.setdefault((method.attack.num_steps, size), []).append(method.label)
     if len(budgets) > 1:
         said = "; ".join(
-            f"{', '.join(labels)}: {num_steps} steps of "
-            + ("a quarter of epsilon" if size is None else f"{size:.4g}")
+            f"{', '.join(labels)}: {num_steps} steps of {format_pixels(size)}"
             for (num_steps, size), labels in budgets.items()
         )
         notes.append(f"Inner attacks differ in their budget ({said}).")

@@ -40,6 +40,7 @@ from compressor.recipe_file import read_table
 LABEL = r"^[A-Za-z0-9][A-Za-z0-9._+-]*$"
 _Place = Annotated[int, Field(ge=0, le=127)]
 _Images = Annotated[int, Field(ge=0)]
+_MAX_LETTERS = 60  # of a value in a message
 
 
 class MethodEntry(ClosedTable):
@@ -167,14 +168,15 @@ def _parse(table: dict[str, Any], *, origin: str) -> ComparisonRequest:
 
 
 def _explain(problem: Any) -> str:  # noqa: ANN401 (one of pydantic's findings)
-    place, given = ".".join(str(part) for part in problem["loc"]), problem["input"]
+    place, given = ".".join(str(part) for part in problem["loc"]), repr(problem["input"])
+    given = given if len(given) <= _MAX_LETTERS else f"{given[:_MAX_LETTERS]}..."
     kinds = {
         "missing": "is missing",
         "too_short": "must have at least one table",
-        "extra_forbidden": f"unknown key (got {given!r})",
+        "extra_forbidden": f"unknown key (got {given})",
         "string_pattern_mismatch": (
-            f"must be of letters a to z, digits, dots, dashes and underscores (got {given!r})"
+            f"must be of letters a to z, digits, dots, dashes and underscores (got {given})"
         ),
     }
     text = problem["msg"].replace("Input should", "must")
-    return f"{place}: {kinds.get(problem['type'], f'{text} (got {given!r})')}"
+    return f"{place}: {kinds.get(problem['type'], f'{text} (got {given})')}"

@@ -10,16 +10,11 @@ from pydantic import Field, model_validator
 
 from compressor.closed_table import ClosedTable, Count, TupleOf
 from compressor.records import read_record, write_record
+from compressor.threat import ThreatModel
 
 Metric = Literal["clean", "pgd_sat", "pgd_trades", "cw_inf", "autoattack", "w_robust"]
-METRICS: tuple[Metric, ...] = (
-    "clean",
-    "pgd_sat",
-    "pgd_trades",
-    "cw_inf",
-    "autoattack",
-    "w_robust",
-)
+ROBUST: tuple[Metric, ...] = ("pgd_sat", "pgd_trades", "cw_inf", "autoattack")
+METRICS: tuple[Metric, ...] = ("clean", *ROBUST, "w_robust")
 TITLES: dict[Metric, str] = {
     "clean": "clean",
     "pgd_sat": "PGD_sat",
@@ -53,6 +48,11 @@ class Score(ClosedTable):
     high_95: _Share | None
     """Interval of the mean for these weights, the images as the sample; None for W-Robust."""
 
+    @property
+    def num_seeds(self) -> int:
+        """Whose runs have this number."""
+        return len(self.seeds)
+
     @model_validator(mode="after")
     def _agrees(self) -> Self:
         if len(self.values) != len(self.seeds):
@@ -74,13 +74,18 @@ class Paired(ClosedTable):
     differences: TupleOf[_Difference]
     """Fractions, one per seed."""
     mean: _Difference
-    over_seeds_low_95: float | None
-    over_seeds_high_95: float | None
+    over_seeds_low_95: _Difference | None
+    over_seeds_high_95: _Difference | None
     """Student's t interval with the seeds as the sample; None for one seed."""
     p_value: _Share
     p_value_holm: _Share
     """Corrected for all tests of this result."""
     verdict: Verdict
+
+    @property
+    def num_seeds(self) -> int:
+        """In common."""
+        return len(self.seeds)
 
     @model_validator(mode="after")
     def _is_not_overstated(self) -> Self:
@@ -119,7 +124,9 @@ class RunRow(ClosedTable):
     """All steps, without validation and checkpoints: the mean time per image of the steps that were
     logged, times all images. Other work of the machine is in it."""
     trained_on: str
-    """Device and number format."""
+    """Device, number format and software."""
+    measured_on: TupleOf[str]
+    """The same of its attacks; more than one where a later call added some."""
 
 
 class MethodRow(ClosedTable):
@@ -166,7 +173,7 @@ class ComparisonResult(ClosedTable):
     reference: str
     """The label that the others are tested against."""
     protocol: dict[str, Any]
-    """What all recipes share, without the places of files."""
+    """What all recipes share, without the places of files; `threat` and `data` above all."""
     methods: Annotated[TupleOf[MethodRow], Field(min_length=1)]
     notes: TupleOf[str]
     environment: dict[str, Any]
@@ -181,6 +188,16 @@ class ComparisonResult(ClosedTable):
     def num_tests(self) -> int:
         """That were corrected for together."""
         return sum(len(method.paired) for method in self.methods)
+
+    @property
+    def threat(self) -> ThreatModel:
+        """What every attack on every method was allowed to do."""
+        return ThreatModel(**self.protocol["threat"])
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """Of any method."""
+        return tuple(sorted({run.seed for method in self.methods for run in method.runs}))
 
 
 def write_result(result: ComparisonResult, path: Path) -> None:

@@ -1,10 +1,12 @@
 """One run of a comparison: trained, or found finished; measured, or found measured."""
 
+import re
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
+from compressor import __version__
 from compressor.comparison.folder import ComparisonFolder
 from compressor.comparison.measuring import (
     ImageCounts,
@@ -14,7 +16,14 @@ from compressor.comparison.measuring import (
     measure,
 )
 from compressor.comparison.plan import PlannedRun
-from compressor.errors import InvalidEvaluationError, NonFiniteLossError, RunError
+from compressor.errors import (
+    CheckpointError,
+    InterruptedRunError,
+    InvalidEvaluationError,
+    NonFiniteLossError,
+    RunError,
+    TeacherError,
+)
 from compressor.interruption import StopWish
 from compressor.metrics import Observer
 from compressor.networks import load_trained
@@ -47,6 +56,7 @@ class HowToRun:
     """Watches for signals while a run trains."""
     download: bool = False
     accept_teachers: bool = False
+    """Begin with a teacher that fails its check."""
     retry: bool = False
     """Try again what failed."""
 
@@ -75,22 +85,31 @@ def find_training(
     run = RunDirectory(folder.run(planned.name))
     if not run.resolved_recipe.is_file():
         return None
-    refuse_other_recipe(run, planned.recipe)
+    try:
+        refuse_other_recipe(run, planned.recipe)
+    except CheckpointError:
+        raise CheckpointError(
+            f"{run.path} is of another recipe; choose another folder with --out, or remove it"
+        ) from None
     facts = read_facts(run)
-    refuse_changed_facts(run, facts | _expected(planned, materials))
+    try:
+        refuse_changed_facts(run, facts | _expected(planned, materials))
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}, or choose another folder with --out") from None
     if "model_sha256" not in facts or not run.model.is_file():
         return None
     load_trained(run)
     return run
 
 
-def find_failure(planned: PlannedRun, folder: ComparisonFolder) -> str | None:
-    """Why an earlier call could not finish this very recipe."""
+def find_failure(planned: PlannedRun, folder: ComparisonFolder, materials: Materials) -> str | None:
+    """Why an earlier call could not finish this very run; what it was made from may be mended."""
     try:
         found = read_json(folder.failure(planned.name))
     except RunError:
         return None
-    if not isinstance(found, dict) or found.get("recipe_id") != planned.recipe.recipe_id:
+    causes = _causes(planned, materials)
+    if not isinstance(found, dict) or {key: found.get(key) for key in causes} != causes:
         return None
     return str(found.get("message"))
 
@@ -103,7 +122,7 @@ def work_left(
     Raises:
         RobustCompressError: if its folder belongs to something else.
     """
-    if find_failure(planned, folder) is not None and not retry:
+    if find_failure(planned, folder, materials) is not None and not retry:
         return []
     images, run = materials.images, find_training(planned, folder, materials)
     if run is None:
@@ -123,13 +142,13 @@ def complete_run(
 ) -> FinishedRun:
     """Train and measure what is not there yet.
 
-    A loss that is not finite and an attack that cheats are results: they are kept, and do not stop
-    the other runs.
+    A loss or a teacher's answer that is not finite and an attack that cheats are results: they are
+    kept, and do not stop the other runs.
 
     Raises:
         RobustCompressError: of any other kind; what is finished is kept.
     """
-    failure, place = find_failure(planned, folder), folder.failure(planned.name)
+    failure, place = find_failure(planned, folder, materials), folder.failure(planned.name)
     if failure is not None and not how.retry:
         return FinishedRun(planned=planned, run=None, measured=Measured(), failure=failure)
     try:
@@ -140,12 +159,18 @@ def complete_run(
         images = materials.images
         found = find_measured(run, folder, images=images, test_sha256=materials.test_sha256)
         measured = measure(
-            run, folder, found, images=images, settings=how.settings, watchers=watchers
+            run,
+            folder,
+            found,
+            images=images,
+            data=planned.recipe.data,
+            test_sha256=materials.test_sha256,
+            settings=how.settings,
+            watchers=watchers,
         )
-    except (NonFiniteLossError, InvalidEvaluationError) as error:
-        failure = str(error).partition(";")[0]  # what follows is advice and names folders
-        table = {"recipe_id": planned.recipe.recipe_id, "message": failure}
-        write_json_atomically(place, table)
+    except (NonFiniteLossError, TeacherError, InvalidEvaluationError) as error:
+        failure = re.split(r"; |\. (?=[A-Z])", str(error))[0]  # then come advice and folders
+        write_json_atomically(place, _causes(planned, materials) | {"message": failure})
         return FinishedRun(planned=planned, run=None, measured=Measured(), failure=failure)
     place.unlink(missing_ok=True)
     return FinishedRun(planned=planned, run=run, measured=measured)
@@ -161,10 +186,23 @@ def _train(
         resume=RunDirectory(path).resolved_recipe.is_file(),
         resume_command=how.command,
         download=how.download,
-        accept_teachers=how.accept_teachers,
+        accept_teachers=True,  # they were looked at before the first run began
     )
     with how.signals() as stop:
-        return train(planned.recipe, request, observe=observe, stop=stop)
+        try:
+            return train(planned.recipe, request, observe=observe, stop=stop)
+        except InterruptedRunError as error:
+            raise type(error)(f"{planned.name}: {error}") from None
+
+
+def _causes(planned: PlannedRun, materials: Materials) -> dict[str, Any]:
+    """All that a failure may come from."""
+    return {
+        "recipe_id": planned.recipe.recipe_id,
+        "version": __version__,
+        "test_content_sha256": materials.test_sha256,
+        "materials": _expected(planned, materials),
+    }
 
 
 def _expected(planned: PlannedRun, materials: Materials) -> dict[str, Any]:

@@ -15,7 +15,7 @@ def points_of(run: FinishedRun, metric: Metric) -> dict[int, int] | None:
     """What each test image scored, in rising order; None where nothing may be believed.
 
     One point for standing. For W-Robust one for the clean image and one for withstanding the
-    cascade, on the images of the cascade.
+    cascade, on the images of the cascade alone; its score takes the clean part of all clean images.
     """
     if metric == "w_robust":
         cascade = _believed(run.measured.cascade)
@@ -48,33 +48,32 @@ def _believed(attacked: Attacked | None) -> Attacked | None:
 
 def scores_of(runs: Sequence[FinishedRun]) -> tuple[Score, ...]:
     """Mean and spread of every metric that was measured, over the runs of one method."""
+    by_seed = sorted(runs, key=lambda run: run.planned.recipe.seed)
     found = []
     for metric in METRICS:
-        known = {run.planned.recipe.seed: run for run in runs}
-        values = {seed: _value(run, metric) for seed, run in sorted(known.items())}
-        seeds = tuple(seed for seed, value in values.items() if value is not None)
-        shares = [value for value in values.values() if value is not None]
-        if not shares:
-            continue
-        spread = Spread.of(shares)
-        standings = [_standing(known[seed], metric) for seed in seeds]
-        proportions = [standing.proportion for standing in standings if standing]
-        cascade = known[seeds[0]].measured.cascade
-        num_cascade = cascade.worst_case.proportion.num_total if cascade else 0
-        low, high = interval_at_mean(proportions) if proportions else (None, None)
-        found.append(
-            Score(
-                metric=metric,
-                num_images=proportions[0].num_total if proportions else num_cascade,
-                seeds=seeds,
-                values=tuple(shares),
-                mean=spread.mean,
-                sample_sd=spread.sample_sd,
-                low_95=low,
-                high_95=high,
-            )
-        )
+        known = [(run, value) for run in by_seed if (value := _value(run, metric)) is not None]
+        if known:
+            found.append(_score(metric, known))
     return tuple(found)
+
+
+def _score(metric: Metric, known: Sequence[tuple[FinishedRun, float]]) -> Score:
+    values = tuple(value for _, value in known)
+    spread = Spread.of(values)
+    counted: Metric = "autoattack" if metric == "w_robust" else metric
+    standings = [_standing(run, counted) for run, _ in known]
+    proportions = [standing.proportion for standing in standings if standing]
+    low, high = (None, None) if metric == "w_robust" else interval_at_mean(proportions)
+    return Score(
+        metric=metric,
+        num_images=proportions[0].num_total,
+        seeds=tuple(run.planned.recipe.seed for run, _ in known),
+        values=values,
+        mean=spread.mean,
+        sample_sd=spread.sample_sd,
+        low_95=low,
+        high_95=high,
+    )
 
 
 def _value(run: FinishedRun, metric: Metric) -> float | None:

@@ -51,6 +51,8 @@ class PairedTest:
     """Mean points per image, a value per seed; for an accuracy a fraction."""
     p_value: float
     """Two-sided, exact, of the images; says nothing about other seeds."""
+    points_per_unit: int = 1
+    """That make up a difference of 1."""
 
     @property
     def mean(self) -> float:
@@ -58,13 +60,18 @@ class PairedTest:
         return math.fsum(self.differences) / len(self.differences)
 
     def over_seeds_95(self) -> tuple[float, float] | None:
-        """Student's t interval of the mean difference, the seeds as the sample; None for one."""
+        """Student's t interval of the mean difference, the seeds as the sample; None for one.
+
+        Each difference is one of two whole numbers of points, whose rounding counts as spread: or
+        two seeds that agree by chance would leave an interval of no width.
+        """
         spread = Spread.of(self.differences)
         if spread.sample_sd is None:
             return None
-        num = len(self.differences)
-        reach = _t_quantile_95(num - 1) * spread.sample_sd / math.sqrt(num)
-        return spread.mean - reach, spread.mean + reach
+        num, point = len(self.differences), 1 / (self.num_images * self.points_per_unit)
+        sd = math.hypot(spread.sample_sd, point / math.sqrt(6))  # of two uniform roundings
+        reach = _t_quantile_95(num - 1) * sd / math.sqrt(num)
+        return max(-1.0, spread.mean - reach), min(1.0, spread.mean + reach)
 
 
 def paired_test(
@@ -99,6 +106,7 @@ def paired_test(
         num_images=num_images,
         differences=tuple(total / (num_images * points_per_unit) for total in per_seed),
         p_value=sign_flip_p_value(per_image),
+        points_per_unit=points_per_unit,
     )
 
 

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from compressor.checkpoint import selected_candidate
+from compressor.comparison.measurements import made_on
 from compressor.comparison.measuring import ImageCounts
 from compressor.comparison.passes import Passes
 from compressor.comparison.plan import ComparisonPlan, PlannedMethod
@@ -162,7 +163,7 @@ def _method_row(
         label=method.label,
         name=method.recipe.method.name,
         settings=portable_dict(method.recipe)["method"],
-        origin=method.settings,
+        origin=method.origin,
         teachers=method.teachers,
         passes=PassRow(**asdict(passes)),
         runs=tuple(_run_row(r.seed, r.recipe_id, known.get(r.seed)) for r in method.recipes),
@@ -183,8 +184,8 @@ def _run_row(seed: int, recipe_id: str, finished: FinishedRun | None) -> RunRow:
             selected_epoch=None,
             training_seconds=None,
             trained_on="",
+            measured_on=(),
         )
-    environment = read_json(run.environment)
     parts = {"attacks": finished.measured.white_box, "cascade": finished.measured.cascade}
     doubts = [
         f"{name} {part.status}: {part.reason}"
@@ -199,15 +200,23 @@ def _run_row(seed: int, recipe_id: str, finished: FinishedRun | None) -> RunRow:
         model_sha256=read_facts(run)["model_sha256"],
         selected_epoch=selected_candidate(run).epoch,
         training_seconds=training_seconds(run),
-        trained_on=f"{environment.get('device')}, {environment.get('number_format')}",
+        trained_on=made_on(read_json(run.environment)),
+        measured_on=tuple(sorted({part.measured_on for part in parts.values() if part})),
     )
 
 
 def _notes(rows: Sequence[MethodRow]) -> list[str]:
     notes = []
-    places = {run.trained_on for row in rows for run in row.runs if run.trained_on}
-    if len(places) > 1:
-        notes.append(f"Trained on different devices or in different formats: {sorted(places)}.")
+    runs = [run for row in rows for run in row.runs]
+    places = {
+        "Trained": {run.trained_on for run in runs if run.trained_on},
+        "Attacked": {place for run in runs for place in run.measured_on},
+    }
+    for what, some in places.items():
+        if len(some) > 1:
+            notes.append(
+                f"{what} on different devices or by other software: {'; '.join(sorted(some))}."
+            )
     for row in rows:
         for run in row.runs:
             if run.status == "failed":

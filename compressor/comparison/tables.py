@@ -6,6 +6,7 @@ Needs no torch.
 import csv
 import io
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from compressor.comparison.result import (
     METRICS,
@@ -16,9 +17,16 @@ from compressor.comparison.result import (
     Paired,
     Score,
 )
-from compressor.reports.markdown import markdown_table, plain
+from compressor.reports.markdown import markdown_picture, markdown_table, plain
+
+if TYPE_CHECKING:
+    from compressor.reports.svg import Picture
 
 MINUS = "\N{MINUS SIGN}"
+W_ROBUST_NOTE = (
+    "W-Robust is tested on the images of the cascade alone, clean part included; where more images "
+    "were answered clean, its difference is not that of the accuracies above."
+)
 HOW_IT_IS_TESTED = (
     "Each method is tested against the reference on the same test images with the weights of the "
     "same seeds. An image counts once: the number of seeds in which it stands, minus the same of "
@@ -27,7 +35,7 @@ HOW_IT_IS_TESTED = (
     "correction is for all tests of this table together. It takes the weights as given, so alone "
     "it says that these weights are better or worse. Of a method that is said only where, besides, "
     "Student's 95 % interval over the seeds, which is not corrected, leaves out 0; two seeds "
-    "rarely suffice for that."
+    f"rarely suffice for that. {W_ROBUST_NOTE}"
 )
 
 
@@ -38,7 +46,7 @@ def main_cells(result: ComparisonResult) -> tuple[tuple[str, ...], list[tuple[st
         (
             row.label,
             f"{row.num_measured} of {len(row.runs)}",
-            *(score_text(row.score(metric)) for metric in METRICS),
+            *(_score_cell(row, metric) for metric in METRICS),
             seconds_text(row.training_seconds),
             *pass_cells(row),
         )
@@ -68,20 +76,28 @@ def paired_cells(result: ComparisonResult) -> tuple[tuple[str, ...], list[tuple[
     return (*header, "p", "p, Holm", "verdict"), rows
 
 
-def to_markdown(result: ComparisonResult) -> str:
-    """For people: tables, how to read them, and what they rest on."""
+def to_markdown(result: ComparisonResult, picture: "Picture | None", *, picture_name: str) -> str:
+    """For people: tables, how to read them, and what they rest on.
+
+    Args:
+        result: of the comparison.
+        picture: of clean against robust accuracy, if there is one.
+        picture_name: of its file, beside the page.
+    """
     header, rows = main_cells(result)
     blocks = [
         f"# Comparison: {plain(result.name)}",
         _lead(result),
         markdown_table(header, [[plain(cell) for cell in row] for row in rows]),
         "Percent, mean \N{PLUS-MINUS SIGN} sample standard deviation over the seeds; no spread "
-        "where there is one seed. Accuracy under attack is an upper bound of the true one. "
-        "W-Robust is the mean of clean and AutoAttack-style. Passes are images forwards + "
-        "backwards through student and teachers per training image; training time is without "
-        "validation, with whatever else the machine did.",
-        f"## Against {plain(result.reference)}",
+        "where there is one seed; [1 of 2]: seeds with this number, of all. Accuracy under attack "
+        "is an upper bound of the true one. W-Robust is the mean of clean and AutoAttack-style. "
+        "Passes are images forwards + backwards through student and teachers per training image; "
+        "training time is without validation, with whatever else the machine did.",
     ]
+    if picture is not None:
+        blocks.append(markdown_picture(picture, picture_name))
+    blocks.append(f"## Against {plain(result.reference)}")
     header, rows = paired_cells(result)
     if rows:
         shown = [[plain(cell) for cell in row] for row in rows]
@@ -96,7 +112,8 @@ def to_markdown(result: ComparisonResult) -> str:
 
 def to_csv(result: ComparisonResult) -> str:
     """One line per method; fractions, seconds, p-values; empty where nothing is known."""
-    columns = ["label", "method", "seeds_measured", "seeds_planned"]
+    columns = ["label", "method", "reference", "norm", "epsilon_pixels"]
+    columns += ["seeds_measured", "seeds_planned"]
     for metric in METRICS:
         columns += [f"{metric}_{name}" for name in _SCORE_COLUMNS]
         columns += [f"{metric}_vs_reference_{name}" for name in _PAIR_COLUMNS]
@@ -105,7 +122,9 @@ def to_csv(result: ComparisonResult) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)
     for row in result.methods:
-        cells: list[object] = [row.label, row.name, row.num_measured, len(row.runs)]
+        cells: list[object] = [row.label, row.name, result.reference]
+        cells += [result.threat.norm, result.threat.epsilon_pixels]
+        cells += [row.num_measured, len(row.runs)]
         for metric in METRICS:
             cells += _values(row.score(metric), _SCORE_COLUMNS)
             cells += _values(row.pair(metric), _PAIR_COLUMNS)
@@ -119,6 +138,7 @@ def to_latex(result: ComparisonResult) -> str:
     names = " & ".join(_tex(_title(result, metric)) for metric in METRICS)
     lines = [
         "% \\usepackage{booktabs}",
+        f"% {setting_text(result)}; percent; [1 of 2]: seeds with this number, of all",
         f"\\begin{{tabular}}{{l{'r' * (len(METRICS) + 2)}}}",
         "\\toprule",
         f"Method & {names} & Training & Passes \\\\",
@@ -129,7 +149,7 @@ def to_latex(result: ComparisonResult) -> str:
         for metric in METRICS:
             pair = row.pair(metric)
             mark = _MARKS.get(pair.verdict, "") if pair else ""
-            cells.append(_tex(score_text(row.score(metric))) + mark)
+            cells.append(_tex(_score_cell(row, metric)) + mark)
         cells += [_tex(seconds_text(row.training_seconds)), _tex(" / ".join(pass_cells(row)))]
         lines.append(" & ".join(cells) + " \\\\")
     seeds = ", ".join(f"{row.label} {row.num_measured}" for row in result.methods)
@@ -140,6 +160,13 @@ def to_latex(result: ComparisonResult) -> str:
         f"{_tex(result.reference)} (exact paired test, Holm); $\\ddagger$: the seeds show it too.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def setting_text(result: ComparisonResult) -> str:
+    """`digits, linf 8/255, seeds 0, 1, 2`: what no table may be read without."""
+    seeds = ", ".join(map(str, result.seeds))
+    plural = "" if len(result.seeds) == 1 else "s"
+    return f"{result.protocol['data']['source']}, {result.threat}, seed{plural} {seeds}"
 
 
 def score_text(score: Score | None) -> str:
@@ -183,13 +210,24 @@ def pass_cells(row: MethodRow) -> tuple[str, str]:
 
 _DAGGERS = {"better": "ddagger", "worse": "ddagger", "better weights": "dagger"}
 _MARKS = {name: f"$^\\{mark}$" for name, mark in (*_DAGGERS.items(), ("worse weights", "dagger"))}
-_SCORE_COLUMNS = ("mean", "sample_sd", "low_95", "high_95", "num_images")
-_PAIR_COLUMNS = ("mean", "p_value", "p_value_holm", "verdict")
+_SCORE_COLUMNS = ("mean", "sample_sd", "low_95", "high_95", "num_images", "num_seeds")
+_PAIR_COLUMNS = (
+    *("mean", "num_images", "num_seeds", "over_seeds_low_95", "over_seeds_high_95"),
+    *("p_value", "p_value_holm", "verdict"),
+)
 _PASS_COLUMNS = ("student_forwards", "student_backwards", "teacher_forwards", "teacher_backwards")
 
 
 def _values(row: object, names: Sequence[str]) -> list[object]:
     return [getattr(row, name, None) for name in names]
+
+
+def _score_cell(row: MethodRow, metric: Metric) -> str:
+    """With how many seeds it rests on, where these are not all."""
+    score = row.score(metric)
+    if score is None or score.num_seeds == len(row.runs):
+        return score_text(score)
+    return f"{score_text(score)} [{score.num_seeds} of {len(row.runs)}]"
 
 
 def _title(result: ComparisonResult, metric: Metric) -> str:
@@ -209,12 +247,11 @@ def _over_seeds(pair: Paired) -> str:
 
 
 def _lead(result: ComparisonResult) -> str:
-    training = result.protocol.get("training", {})
-    student = result.protocol.get("student", {})
+    training, student = result.protocol["training"], result.protocol["student"]
     return (
-        f"All methods train {plain(str(student.get('architecture')))} of width "
-        f"{student.get('width')} for {training.get('epochs')} epochs on the same images, choose "
-        "the epoch on held-out training images, and meet the same attacks on the same test images."
+        f"On {plain(setting_text(result))}. All methods train {plain(student['architecture'])} of "
+        f"width {student['width']} for {training['epochs']} epochs on the same images, choose the "
+        "epoch on held-out training images, and meet the same attacks on the same test images."
     )
 
 

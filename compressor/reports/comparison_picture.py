@@ -1,7 +1,5 @@
 """Clean against robust accuracy of the methods of a comparison. Needs no torch."""
 
-import html
-
 from matplotlib.axes import Axes
 
 from compressor.comparison.result import TITLES, ComparisonResult, Metric, Score
@@ -31,13 +29,17 @@ def comparison_picture(result: ComparisonResult) -> Picture | None:
             is_reference = point[0] == result.reference
             _draw(axes, point, place=place, colour=ACCENT if is_reference else INK)
         axes.grid(visible=False)  # the lines lead to names
-        axes.set(xlabel="clean accuracy (%)", ylabel=f"{TITLES[robust]} accuracy (%)")
+        axes.set_xlabel("clean accuracy (%)\nbars: 95 % intervals; small dots: single seeds")
+        axes.set_ylabel(f"{TITLES[robust]} accuracy (%)")
         axes.set_ylim(low - gap / 2, high + gap / 2)
     said = "; ".join(f"{name}: {_said(x)} clean, {_said(y)} robust" for name, x, y in points)
+    drawn = {name for name, _, _ in points}
+    missing = ", ".join(row.label for row in result.methods if row.label not in drawn)
     return Picture(
         svg=drawing.svg,
         caption="Bars: 95 % intervals for these weights; small dots: single seeds, joined to "
-        "their mean; blue: the reference. Further up and to the right is better.",
+        "their mean; blue: the reference. Further up and to the right is better."
+        + (f" Not drawn, without {TITLES[robust]} accuracy: {missing}." if missing else ""),
         alt=f"Clean and {TITLES[robust]} accuracy: {said}.",
     )
 
@@ -106,18 +108,3 @@ def _error(score: Score) -> list[list[float]]:
 def _said(score: Score) -> str:
     seeds = "1 seed" if len(score.seeds) == 1 else f"mean of {len(score.seeds)} seeds"
     return f"{100 * score.mean:.2f} % ({seeds}, n = {score.num_images:,})"
-
-
-def standalone_svg(picture: Picture) -> str:
-    """The picture as a file of its own, light or dark as its reader likes."""
-    opening, _, rest = picture.svg.replace(' aria-hidden="true"', "", 1).partition(">")
-    opening = opening.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg" role="img"', 1)
-    title = f"<title>{html.escape(picture.alt)}</title>"
-    return f"{opening}>{title}<style>{_STYLE}</style>{rest}"
-
-
-_STYLE = (
-    "svg{color:#1b1e23;background:#fff;font-family:sans-serif;--accent:#1f5fa8;--muted:#59616b;"
-    "--line:#d5dae0}@media(prefers-color-scheme:dark){svg{color:#e6e8eb;background:#14171b;"
-    "--accent:#7db3f0;--muted:#9aa3ad;--line:#3a414a}}"
-)

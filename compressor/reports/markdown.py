@@ -2,10 +2,14 @@
 
 import re
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from compressor.reports.circumstances import circumstances, cost_cells
 from compressor.reports.report import CostRow, RobustnessReport
 from compressor.reports.sections import Section, Table, findings, headline, setting, verdict
+
+if TYPE_CHECKING:
+    from compressor.reports.svg import Picture
 
 _RULES = {"l": "---", "r": "---:"}
 
@@ -43,6 +47,11 @@ def markdown_table(
     letters = align or "l" + "r" * (len(header) - 1)
     lines = [header, [_RULES[letter] for letter in letters], *rows]
     return "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
+
+
+def markdown_picture(picture: "Picture", name: str) -> str:
+    """A picture in a file of that name, and what is to be read under it."""
+    return f"![{plain(picture.alt)}]({name})\n\n{plain(picture.caption)}"
 
 
 def plain(text: str) -> str:

@@ -1,6 +1,5 @@
 """Which targets of a benchmark no other beats, and the picture of it. Needs no torch."""
 
-import html
 from collections.abc import Sequence
 
 from compressor.reports.benchmark import Benchmark
@@ -59,16 +58,6 @@ def pareto_picture(benchmark: Benchmark) -> Picture | None:
         caption="Grey: another is no larger and at least as robust, by the point estimates.",
         alt=f"Size and accuracy in the worst case: {said}. Not dominated: {names}.",
     )
-
-
-def standalone_svg(picture: Picture) -> str:
-    """The picture as a file of its own, with the colours that a page would give it."""
-    root = (
-        '<svg xmlns="http://www.w3.org/2000/svg" width="640" role="img" style="color:#1b1e23;'
-        'background:#fff;font-family:sans-serif;--accent:#1f5fa8;--muted:#59616b;--line:#d5dae0"'
-    )
-    shown = picture.svg.replace(' aria-hidden="true"', "", 1).replace("<svg", root, 1)
-    return shown.replace(">", f"><title>{html.escape(picture.alt)}</title>", 1)
 
 
 def spread_out(wanted: Sequence[float], *, gap: float, highest: float) -> list[float]:

@@ -4,6 +4,7 @@ Colours are drawn as placeholders and replaced by CSS variables: one figure serv
 paper. Text stays text and is never markup. The same drawing gives the same bytes. Needs no torch.
 """
 
+import html
 import io
 import re
 import warnings
@@ -48,6 +49,11 @@ _STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "figure.facecolor": "none",
 }
+_PAGE_STYLE = (
+    "svg{color:#1b1e23;background:#fff;font-family:sans-serif;--accent:#1f5fa8;--muted:#59616b;"
+    "--line:#d5dae0}@media(prefers-color-scheme:dark){svg{color:#e6e8eb;background:#14171b;"
+    "--accent:#7db3f0;--muted:#9aa3ad;--line:#3a414a}}"
+)
 _MAX_LABEL_LETTERS = 22
 _SVG = "{http://www.w3.org/2000/svg}"
 _HREF = "{http://www.w3.org/1999/xlink}href"
@@ -87,6 +93,14 @@ def canvas(prefix: str, *, height_inches: float) -> Iterator[Drawing]:
         svg = io.StringIO()
         drawing.figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
     drawing.svg = _inline(svg.getvalue(), prefix=prefix)
+
+
+def standalone_svg(picture: Picture) -> str:
+    """The picture as a file of its own, light or dark as its reader likes."""
+    opening, _, rest = picture.svg.replace(' aria-hidden="true"', "", 1).partition(">")
+    root = '<svg xmlns="http://www.w3.org/2000/svg" width="640" role="img"'
+    said = f"<title>{html.escape(picture.alt)}</title><desc>{html.escape(picture.caption)}</desc>"
+    return f"{opening.replace('<svg', root, 1)}>{said}<style>{_PAGE_STYLE}</style>{rest}"
 
 
 def label(text: str) -> str:

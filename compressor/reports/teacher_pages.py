@@ -5,11 +5,19 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
-from compressor.reports.markdown import markdown_table, plain
-from compressor.reports.pareto import standalone_svg
+from compressor.reports.markdown import markdown_picture, markdown_table, plain
 from compressor.reports.report import Count, percent
 from compressor.reports.sections import Table, count_cells
-from compressor.reports.svg import ACCENT, INK, MUTED, WIDTH_INCHES, Picture, canvas, label
+from compressor.reports.svg import (
+    ACCENT,
+    INK,
+    MUTED,
+    WIDTH_INCHES,
+    Picture,
+    canvas,
+    label,
+    standalone_svg,
+)
 from compressor.reports.teacher_ranking import RankedTeacher, TeacherRanking, TransferCell
 from compressor.run_directory import write_json_atomically, write_text_atomically
 
@@ -106,8 +114,14 @@ def choice_lines(ranking: TeacherRanking) -> list[str]:
     ]
 
 
-def to_markdown(ranking: TeacherRanking) -> str:
-    """For people and for pull requests; names come from strangers and cannot become markup."""
+def to_markdown(ranking: TeacherRanking, picture: Picture | None, *, picture_name: str) -> str:
+    """For people and for pull requests; names come from strangers and cannot become markup.
+
+    Args:
+        ranking: what was found.
+        picture: its heat map, if there is one.
+        picture_name: of its file, beside the page.
+    """
     blocks = [
         "# Teachers",
         plain(f"{ranking.protocol}."),
@@ -124,6 +138,7 @@ def to_markdown(ranking: TeacherRanking) -> str:
         _markdown(transfer_accuracy_table(ranking)),
         TRANSFER_NOTE,
         _markdown(transferability_table(ranking)),
+        "" if picture is None else markdown_picture(picture, picture_name),
     ]
     return "\n\n".join(block for block in blocks if block) + "\n"
 
@@ -155,7 +170,8 @@ def heat_map(ranking: TeacherRanking) -> Picture:
     )
     return Picture(
         svg=drawing.svg,
-        caption=TRANSFER_NOTE,
+        caption="From the teacher in the row to the one in the column; the stronger the colour, "
+        "the more is transferred. Recommended teachers are bold.",
         alt=f"Transferability between {num} teachers, in per cent (n): {said or 'not measured'}. "
         f"{choice_text(ranking)}",
     )
@@ -167,15 +183,15 @@ def write_ranking(ranking: TeacherRanking, folder: Path) -> list[Path]:
     Raises:
         OSError: if one cannot be written; it names the file.
     """
-    paths = [folder / f"teachers.{extension}" for extension in ("json", "md", "svg")]
-    write_text_atomically(paths[1], to_markdown(ranking))
-    if 1 < len(ranking.teachers) <= MAX_DRAWN:
-        write_text_atomically(paths[2], standalone_svg(heat_map(ranking)))
+    record, page, drawing = (folder / f"teachers.{kind}" for kind in ("json", "md", "svg"))
+    picture = heat_map(ranking) if 1 < len(ranking.teachers) <= MAX_DRAWN else None
+    write_text_atomically(page, to_markdown(ranking, picture, picture_name=drawing.name))
+    if picture is None:
+        drawing.unlink(missing_ok=True)  # of an earlier ranking
     else:
-        paths[2].unlink(missing_ok=True)  # of an earlier ranking
-        paths.pop()
-    write_json_atomically(paths[0], ranking.model_dump(mode="json"))
-    return paths
+        write_text_atomically(drawing, standalone_svg(picture))
+    write_json_atomically(record, ranking.model_dump(mode="json"))
+    return [record, page] if picture is None else [record, page, drawing]
 
 
 def _draw_cell(axes: Axes, cell: TransferCell | None, *, y: int, x: int, num: int) -> None:

@@ -21,8 +21,9 @@ from compressor.reports.benchmark import (
 )
 from compressor.reports.benchmark_tables import artefact_tables, latency_table
 from compressor.reports.markdown import markdown_table, plain
-from compressor.reports.pareto import pareto_picture, standalone_svg
+from compressor.reports.pareto import pareto_picture
 from compressor.reports.sections import Table
+from compressor.reports.svg import standalone_svg
 from compressor.run_directory import RunDirectory, write_json_atomically, write_text_atomically
 from exporters.benchmark.measurement import Measured, Plan, measure
 from exporters.benchmark.peak_memory import peak_memories_mib

@@ -10,6 +10,12 @@ from pathlib import Path
 import pytest
 
 import cli.main
+import compressor.training_workflow
+from cli.comparison_display import print_result
+from cli.output import Output
+from compressor.comparison.result import METRICS
+from compressor.errors import NonFiniteLossError, TeacherError
+from tests.unit import test_comparison_tables as tables
 
 RECIPE = """
 name = "plain"
@@ -156,6 +162,79 @@ def test_a_comparison_from_end_to_end(folder, capsys):
     result = json.loads(capsys.readouterr().out)
     assert [row["label"] for row in result["methods"]] == ["plain", "pgd_at"]
     assert [score["metric"] for score in result["methods"][0]["scores"]] == ["clean"]
+
+
+NO_ATTACKS = ("--samples", "0", "--cascade-samples", "0", "--clean-samples", "30")
+
+
+def failing(error):
+    """Training that fails for seed 0."""
+
+    def train(recipe, request, **watchers):
+        if recipe.seed == 0:
+            raise error
+        return compressor.training_workflow.train(recipe, request, **watchers)
+
+    return train
+
+
+TROUBLE = {
+    "loss": NonFiniteLossError("the loss of step 2 is not finite ({}); images 1. Kept: /a/b"),
+    "teacher": TeacherError(
+        "the loss of step 2 is not finite: the teacher x has none. Last good checkpoint: /a/b"
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", TROUBLE)
+def test_a_failed_seed_is_planned_noted_and_not_recommended(kind, folder, capsys, monkeypatch):
+    monkeypatch.setattr("compressor.comparison.runs.train", failing(TROUBLE[kind]))
+    words = ("compare", "recipe.toml", "--methods", "cross_entropy", "--seeds", "2", *NO_ATTACKS)
+    words += ("--threads", "1", "--out", f"seed0-{kind}")
+    assert call(*words) == 0
+    out = one_line(capsys.readouterr().out)
+    assert "cross_entropy-seed0: FAILED: the loss of step 2 is not finite" in out
+    assert "/a/b" not in out
+    assert "Note: --retry tries again what failed." in out
+    assert f"Next: robust-compress verify seed0-{kind}/runs/cross_entropy-seed1" in out
+    assert call(*words, "--dry-run") == 0
+    assert "cross_entropy 2 1 + 1 0 + 0 1 failed" in one_line(capsys.readouterr().out)
+    assert call(*words, "--dry-run", "--json") == 0
+    runs = json.loads(capsys.readouterr().out)["runs"]
+    assert [bool(run["failure"]) for run in runs] == [True, False]
+    assert call(*words, "--dry-run", "--retry") == 0
+    assert "0 + 0 about" in one_line(capsys.readouterr().out)
+
+
+def test_attacks_that_show_nothing_are_no_success(folder, capsys, monkeypatch):
+    """As if a check had raised an alarm over every evaluation."""
+    monkeypatch.setattr("compressor.comparison.scores._believed", lambda attacked: None)
+    words = ("compare", "recipe.toml", "--methods", "cross_entropy", "--threads", "1")
+    few = ("--samples", "5", "--cascade-samples", "0", "--clean-samples", "30")
+    assert call(*words, *few, "--out", "alarmed") == INVALID
+    out = capsys.readouterr().out
+    assert "No run has an accuracy under attack that may be believed" in one_line(out)
+    assert "Next:" not in out
+
+
+def test_words_are_not_broken_at_80_columns(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    scores = [tables.score(metric, (0.4, 0.42)) for metric in METRICS]
+    pairs = [tables.pair(metric) for metric in METRICS]
+    rows = [tables.method(name, scores, pairs) for name in ("base", "other-method")]
+    print_result(tables.result_of(*rows), Output(as_json=False))
+    out = capsys.readouterr().out
+    assert max(map(len, out.partition("Exact")[0].splitlines())) <= 80
+    assert "test: cifar10, linf 8/255, seeds 0, 1" in out
+    assert "AA-style" in out
+    assert re.search(r"AutoAttack- *$", out, re.M)
+    assert "AutoAttack-s" not in out
+    assert "W-Robust is tested on the images of the cascade alone" in one_line(out)
+
+
+def test_the_help_says_who_is_tested_against_whom(capsys):
+    assert call("compare", "--help") == 0
+    assert "The others are tested against it" in one_line(capsys.readouterr().out)
 
 
 def test_nothing_measured_is_no_success(folder, capsys):

@@ -115,11 +115,14 @@ def test_a_ranking_is_printed_and_written(folder, tmp_path, capsys):
         "1 run",
         "nats APGD",
         "file.onnx: an ONNX file gives no gradient",
+        "may have been trained on some of these images",
     ):
         assert said in out
     text = (tmp_path / "out/teachers.md").read_text()
     assert "Recommended: run" in text
     assert "of 20" in text
+    assert re.search(r"^!\[Transferability between 3 .*\]\(teachers\.svg\)$", text, re.M)
+    assert "the stronger the colour" in text
     ElementTree.parse(tmp_path / "out/teachers.svg")
     assert f"Written: {tmp_path}/out/teachers.json, teachers.md, teachers.svg" in out
 
@@ -157,10 +160,13 @@ def test_a_recipe_gives_teachers_data_and_threat_and_gets_them_back(folder, tmp_
     }
     seen = {teacher.name: teacher.has_seen_images for teacher in ranking.teachers}
     assert seen["run"] == "yes"  # it was trained with another seed
+    assert "run was trained on some of these images; its accuracies flatter" in words(out)
     command = shlex.split(out.rpartition("Next: ")[2])
     assert command[:4] == ["robust-compress", "distill", "recipe.toml", "--set"]
     found = load_recipe(Path("recipe.toml"), [command[4]]).teachers
     assert [teacher.role for teacher in found] == ["clean", "robust"]
+    others = {row.source: row.clean.fraction for row in ranking.teachers[1:]}
+    assert others[found[0].source] == max(others.values())
     assert found[1].source == ranking.teachers[0].source
 
 
@@ -180,6 +186,7 @@ def test_one_teacher_is_measured_too(folder, tmp_path, capsys):
     assert {path.name for path in tmp_path.iterdir()} == {"teachers.json", "teachers.md"}
     out = capsys.readouterr().out
     assert "Recommended: run." in out
+    assert "No teacher is left over, so run serves as clean and as robust teacher." in words(out)
     assert """Next: robust-compress distill RECIPE.toml --set 'teachers=[{role="clean",""" in out
 
 
@@ -194,7 +201,7 @@ BAD = {
     "not-a-number": (
         f"nan.onnx --data digits {QUICK}",
         4,
-        "the teacher nan.onnx answers 20 of 20 clean images with numbers that are not",
+        "teacher nan.onnx answers 20 of 20 clean images with numbers that are not",
     ),
     "another class count": (
         f"run five.safetensors --data digits {QUICK}",
@@ -243,11 +250,12 @@ def test_bad_input_is_explained_and_nothing_is_written(row, folder, capsys):
     assert files_below(folder) == before
 
 
-def test_an_interruption_writes_nothing(folder, monkeypatch):
+def test_an_interruption_writes_nothing(folder, monkeypatch, capsys):
     def stop(*_args, **_options):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("compressor.teacher_ranking_workflow.measure_teachers", stop)
     before = files_below(folder)
     assert call(f"{GOOD} --out new") == ExitCode.INTERRUPTED
+    assert "interrupted; nothing is kept" in capsys.readouterr().err
     assert files_below(folder) == before

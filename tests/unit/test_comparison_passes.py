@@ -55,6 +55,13 @@ def test_passes_of_each_method(name):
     assert count_passes(recipe, num_moments=2) == expected
 
 
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 1.0])
+def test_coins_fall_evenly(share):
+    """Every attacked batch goes through the student STEPS times more."""
+    recipe = make_recipe("darht", {"attack": ATTACK, "adversarial_share": share}, [ROBUST])
+    assert count_passes(recipe).student_forwards == 1 + share * STEPS
+
+
 def test_attack_steps_are_counted_one_by_one():
     found = [
         count_passes(make_recipe("pgd_at", {"attack": ATTACK | {"num_steps": num}}, []))

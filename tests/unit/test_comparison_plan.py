@@ -77,10 +77,10 @@ def test_names_of_methods_replace_the_table_of_the_base(folder):
     assert plan.reference == "bmtard"
     bmtard, trades, plain = plan.methods
     assert bmtard.recipe.method.loss_scale == 1.0
-    assert bmtard.settings == "as in the base recipe"
+    assert bmtard.origin == "as in the base recipe"
     assert trades.recipe.method.beta == 6.0
     assert trades.attack.num_steps == 7
-    assert "attack.num_steps of the base recipe" in trades.settings
+    assert "attack.num_steps of the base recipe" in trades.origin
     assert plain.attack is None
     shared = [m.recipe.model_dump(exclude={"name", "method", "teachers"}) for m in plan.methods]
     assert shared[0] == shared[1] == shared[2]
@@ -110,7 +110,7 @@ def test_a_comparison_file(folder):
     assert [len(method.recipes) for method in plan.methods] == [3, 2, 3]
     assert trades.recipe.training.epochs == 2
     assert (mild.recipe.method.beta, mild.attack.num_steps) == (1.0, 5)
-    assert mild.settings.endswith("set here: beta, attack")
+    assert mild.origin.endswith("set here: beta, attack")
     assert sources(other) == ["tiny:clean.pt", "tiny:second.pt"]
     assert other.recipe.method.loss_scale == 1.0
     assert plan.verification.samples == 50
@@ -207,6 +207,50 @@ def test_bad_teachers_are_explained(teachers, expected, folder):
     with pytest.raises(RecipeError) as caught:
         plan_of(folder / "base.toml", "trades")
     assert expected in str(caught.value)
+
+
+def test_the_same_step_written_in_two_ways_is_one_budget(folder):
+    """A quarter of epsilon by default, and as a number."""
+    rows = "[[methods]]\nname='trades'\n[[methods]]\nname='pgd_at'\nsettings={{attack={{{}}}}}"
+    for size, expected in (("2/255", []), ("3/255", ["trades: 7 steps of 2/255; pgd_at: 7 st"])):
+        text = rows.format(f"step_size_pixels='{size}'")
+        (folder / "steps.toml").write_text(f"[base]\nrecipe='base.toml'\n{text}")
+        said = [note for note in plan_of(folder / "steps.toml").notes if "budget" in note]
+        assert len(said) == len(expected)
+        assert all(part in note for part, note in zip(expected, said, strict=True))
+
+
+LOST = ["method.loss_scale=2.0", "method.attack.start='zero'", "method={name='bmtard'}"]
+
+
+@pytest.mark.parametrize("override", LOST)
+def test_what_no_method_would_read_is_refused(override, folder):
+    key = override.partition("=")[0]
+    with pytest.raises(UsageError, match=f"--set {key} changes bmtard, which is not compared"):
+        plan_of(folder / "base.toml", "trades", overrides=[override])
+    (folder / "lost.toml").write_text(
+        f'[base]\nrecipe="base.toml"\nset=["{override}"]\n[[methods]]\nname="trades"'
+    )
+    with pytest.raises(UsageError, match=f"--set {key} changes bmtard"):
+        plan_of(folder / "lost.toml")
+    plan_of(folder / "base.toml", "trades,bmtard", overrides=[override])
+    budget = plan_of(folder / "base.toml", "trades", overrides=["method.attack.num_steps=9"])
+    assert budget.methods[0].attack.num_steps == 9
+
+
+def test_the_method_of_the_base_must_be_right_though_it_is_not_compared(folder):
+    (folder / "base.toml").write_text(BASE.replace("loss_scale", "loss_scall"))
+    with pytest.raises(
+        RecipeError, match="method.loss_scall: unknown key .* did you mean loss_scale"
+    ):
+        plan_of(folder / "base.toml", "trades")
+
+
+def test_long_values_are_cut(folder):
+    (folder / "long.toml").write_text(f"[base]\nrecipe='base.toml'\nmethods='{'x' * 200}'")
+    with pytest.raises(RecipeError) as caught:
+        plan_of(folder / "long.toml")
+    assert max(map(len, str(caught.value).splitlines())) < 120
 
 
 def test_bad_wishes_are_refused(folder):

@@ -3,6 +3,7 @@
 import itertools
 import math
 import statistics
+from collections import Counter
 
 import pytest
 from hypothesis import given, settings
@@ -103,11 +104,47 @@ def test_one_value_has_no_spread():
 @pytest.mark.parametrize(("num", "quantile"), [(2, 12.7062), (3, 4.30265), (10, 2.26216)])
 def test_interval_over_seeds_has_the_tabulated_quantile(num, quantile):
     values = [0.0] * (num - 1) + [0.1]
-    test = PairedTest(num_images=10, differences=tuple(values), p_value=1.0)
+    test = PairedTest(num_images=10**6, differences=tuple(values), p_value=1.0)
     reach = quantile * statistics.stdev(values) / math.sqrt(num)
     low, high = test.over_seeds_95()
     assert low == pytest.approx(0.1 / num - reach, rel=1e-4)
     assert high == pytest.approx(0.1 / num + reach, rel=1e-4)
+
+
+@pytest.mark.parametrize("points_per_unit", [1, 2])
+def test_agreeing_seeds_leave_the_width_of_rounding(points_per_unit):
+    """12.7 sd / sqrt(2), and sd^2 is that of two uniform numbers of the width of a point."""
+    point = 1 / (100 * points_per_unit)
+    test = PairedTest(
+        num_images=100, differences=(0.0, 0.0), p_value=1.0, points_per_unit=points_per_unit
+    )
+    reach = 12.7062 * point * math.sqrt(2 / 12) / math.sqrt(2)
+    assert test.over_seeds_95() == pytest.approx((-reach, reach), rel=1e-4)
+
+
+def test_the_interval_ends_where_differences_end():
+    test = PairedTest(num_images=100, differences=(0.9, -0.4), p_value=1.0)
+    assert test.over_seeds_95() == (-1.0, 1.0)
+
+
+@pytest.mark.parametrize("spread_images", [0.2, 0.5, 1.0, 3.0])
+def test_two_seeds_of_like_methods_seldom_exclude_zero(spread_images):
+    """All pairs of differences of two rounded normal counts, each with its probability."""
+    reach = math.ceil(6 * spread_images)
+
+    def below(x):
+        return math.erfc(-x / (spread_images * math.sqrt(2))) / 2
+
+    count = {k: below(k + 0.5) - below(k - 0.5) for k in range(-reach, reach + 1)}
+    difference = Counter()
+    for (a, p), (b, q) in itertools.product(count.items(), repeat=2):
+        difference[a - b] += p * q
+    wrong = 0.0
+    for (a, p), (b, q) in itertools.combinations_with_replacement(difference.items(), 2):
+        test = PairedTest(num_images=1000, differences=(a / 1000, b / 1000), p_value=1.0)
+        low, high = test.over_seeds_95()
+        wrong += p * q * (1 if a == b else 2) * (low > 0 or high < 0)
+    assert wrong < 0.05
 
 
 def test_interval_at_the_mean_rounds_outwards():

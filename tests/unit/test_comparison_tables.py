@@ -29,8 +29,13 @@ from compressor.comparison.tables import (
     to_markdown,
 )
 from compressor.errors import RunError
-from compressor.reports.comparison_picture import comparison_picture, standalone_svg
-from compressor.reports.svg import ACCENT, LINE
+from compressor.reports.comparison_picture import comparison_picture
+from compressor.reports.svg import ACCENT, LINE, standalone_svg
+
+
+def markdown(result):
+    return to_markdown(result, comparison_picture(result), picture_name="that.svg")
+
 
 HOSTILE = "a|b_c*<script>&%$"
 
@@ -76,6 +81,7 @@ def run_row(seed, status="measured", reason=""):
         selected_epoch=3,
         training_seconds=90.0 if status == "measured" else None,
         trained_on="cpu, float32",
+        measured_on=("cpu, float32",),
     )
 
 
@@ -99,7 +105,12 @@ def result_of(*methods, reference=None, notes=()):
     return ComparisonResult(
         name="test",
         reference=reference or methods[0].label,
-        protocol={"training": {"epochs": 8}, "student": {"architecture": "tiny", "width": 1.0}},
+        protocol={
+            "training": {"epochs": 8},
+            "student": {"architecture": "tiny", "width": 1.0},
+            "threat": {"norm": "linf", "epsilon_pixels": 8 / 255},
+            "data": {"source": "cifar10"},
+        },
         methods=methods,
         notes=notes,
         environment={},
@@ -126,7 +137,51 @@ def test_cells_have_spread_and_n(result):
     assert header[2] == "clean (n = 1,000)"
     assert rows[0][:3] == ("base", "2 of 2", "41.00 ± 1.41")
     assert rows[0][-3:] == ("1 min 30 s", "13 + 12", "0 + 0")
-    assert rows[2][:4] == ("broken", "1 of 2", "50.00", "-")
+    assert rows[2][:4] == ("broken", "1 of 2", "50.00 [1 of 2]", "-")
+
+
+@pytest.fixture
+def doubtful():
+    """Two runs with weights; the cascade of one raised an alarm."""
+    runs = (run_row(0), run_row(1, reason="cascade invalid: zero_gradient"))
+    scores = [score("clean", (0.4, 0.42)), score("autoattack", (0.3,))]
+    return result_of(method("base", scores, runs=runs))
+
+
+def test_an_alarm_cannot_hide_behind_the_number_of_runs(doubtful):
+    _, rows = main_cells(doubtful)
+    assert rows[0][1:3] == ("2 of 2", "41.00 ± 1.41")
+    assert rows[0][6] == "30.00 [1 of 2]"
+    assert "| 30.00 \\[1 of 2\\] |" in markdown(doubtful)
+    assert "& 30.00 [1 of 2] &" in to_latex(doubtful)
+    row = next(csv.DictReader(io.StringIO(to_csv(doubtful))))
+    assert (row["seeds_measured"], row["clean_num_seeds"]) == ("2", "2")
+    assert row["autoattack_num_seeds"] == "1"
+
+
+def test_every_form_says_against_what(result):
+    setting = "cifar10, linf 8/255, seeds 0, 1"
+    assert setting in markdown(result)
+    assert f"% {setting}; " in to_latex(result)
+    rows = list(csv.DictReader(io.StringIO(to_csv(result))))
+    assert {(row["reference"], row["norm"]) for row in rows} == {("base", "linf")}
+    assert float(rows[0]["epsilon_pixels"]) == 8 / 255
+    assert rows[1]["cw_inf_vs_reference_num_seeds"] == "2"
+    reach = [float(rows[1][f"cw_inf_vs_reference_over_seeds_{end}_95"]) for end in ("low", "high")]
+    assert reach == [-0.2, 0.3]
+
+
+def test_the_page_shows_the_picture_and_explains_its_bars(result):
+    text = markdown(result)
+    assert re.search(r"^!\[Clean and AutoAttack-style accuracy: base.*\]\(that\.svg\)$", text, re.M)
+    assert "Bars: 95 % intervals for these weights" in text
+    assert "Not drawn, without AutoAttack-style accuracy: broken." in text
+    alone = result_of(result.methods[0])
+    assert "](that.svg)" not in markdown(alone)
+
+
+def test_what_w_robust_is_tested_on_is_said(result):
+    assert "W-Robust is tested on the images of the cascade alone" in markdown(result)
 
 
 def test_tests_have_signs_and_verdicts(result):
@@ -139,7 +194,7 @@ def test_tests_have_signs_and_verdicts(result):
 
 
 def test_markdown_escapes_strangers(result):
-    text = to_markdown(result)
+    text = markdown(result)
     assert not re.search(r"(?<!\\)[<*]", text)
     table = [line for line in text.splitlines() if line.startswith("|")]
     bars = {len(re.findall(r"(?<!\\)\|", line)) for line in table[:5]}
@@ -193,6 +248,7 @@ def test_claims_beyond_the_evidence_are_refused(change, expected):
         ((0.05, 0.051, 0.049), 0.01, "better"),
         ((-0.05, -0.051, -0.049), 0.01, "worse"),
         ((0.05, 0.051, 0.049), 0.06, "not shown"),
+        ((0.03, 0.03), 0.01, "better weights"),  # three images, by chance in both seeds
         ((0.05, 0.01), 0.01, "better weights"),
         ((0.05,), 0.0001, "better weights"),
         ((-0.05, 0.01), 0.01, "worse weights"),
@@ -218,7 +274,10 @@ def test_the_picture_has_a_point_for_each_method_and_dots_for_seeds(result):
     picture = comparison_picture(result)
     assert "base: 41.00 % (mean of 2 seeds, n = 1,000) clean" in picture.alt
     assert "broken" not in picture.alt
+    assert picture.caption.endswith("Not drawn, without AutoAttack-style accuracy: broken.")
+    assert "bars: 95 % intervals" in picture.svg
     root = ElementTree.fromstring(standalone_svg(picture))
+    assert root.find("{http://www.w3.org/2000/svg}desc").text == picture.caption
     assert root.find("{http://www.w3.org/2000/svg}title").text == picture.alt
     assert "prefers-color-scheme:dark" in standalone_svg(picture)
     assert not {ACCENT, LINE} & set(re.findall(r"#\w{6}", picture.svg))

@@ -8,9 +8,9 @@ import pytest
 
 import compressor.reports.pareto
 from compressor.proportions import Proportion
-from compressor.reports.pareto import not_dominated, pareto_picture, standalone_svg
+from compressor.reports.pareto import not_dominated, pareto_picture
 from compressor.reports.report import Count
-from compressor.reports.svg import ACCENT, MUTED
+from compressor.reports.svg import ACCENT, MUTED, standalone_svg
 from tests.unit.benchmark_rows import POISON, a_benchmark, a_row, accuracy
 
 
@@ -97,7 +97,10 @@ def test_the_picture_is_a_file_of_its_own():
     assert "<script" not in text
     assert not re.search(r"(href|src)=\"(?!#)", text)
     wanted = set(re.findall(r"var\((--\w+)\)", text))
-    assert wanted <= set(re.findall(r"(--\w+):", root.get("style")))
+    svg = "{http://www.w3.org/2000/svg}"
+    light, _, dark = root.find(f"{svg}style").text.partition("@media(prefers-color-scheme:dark)")
+    assert all(wanted <= set(re.findall(r"(--\w+):", style)) for style in (light, dark))
+    assert root.find(f"{svg}desc").text.startswith("Grey: another is no larger")
     assert text == standalone_svg(pareto_picture(a_benchmark(*rows)))
 
 

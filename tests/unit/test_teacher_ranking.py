@@ -4,6 +4,7 @@ Images have two pixels; each teacher looks at one of them and says class 1 above
 """
 
 import math
+import time
 
 import pytest
 import torch
@@ -86,6 +87,10 @@ def pair():
 def rows_of(result):
     num = len(result.teachers)
     return ranked_teachers(result, sources=["x"] * num, seen=["no"] * num)
+
+
+def notes_of(result, seen=None):
+    return notes_on(result, seen=seen or ["no"] * len(result.teachers))
 
 
 def of(count):
@@ -173,7 +178,7 @@ def test_a_teacher_without_gradient_is_shown_images_and_never_recommended():
     assert cells.keys() == {(1, 1), (1, 2)}
     assert of(cells[1, 2].transferability) == (2, 2)
     assert recommend(result, num_wanted=2, transfer_weight=0.5).numbers == (1,)
-    assert any(note.startswith("file: an ONNX file gives no gradient") for note in notes_on(result))
+    assert any(note.startswith("file: an ONNX file gives no gradient") for note in notes_of(result))
 
 
 def test_hidden_gradients_do_not_win():
@@ -185,7 +190,7 @@ def test_hidden_gradients_do_not_win():
     assert of(rows["masked"].worst_case) == (3, 6)
     assert any(
         "masked: images made on other teachers fool it on 1 of 4" in note
-        for note in notes_on(result)
+        for note in notes_of(result)
     )
 
 
@@ -198,6 +203,29 @@ def test_the_recommended_are_those_that_do_not_share_what_fools_them():
     assert chosen.num_robust == 3
     assert chosen.same_choice.num_total == 200
     assert chosen == recommend(result, num_wanted=2, transfer_weight=0.5)
+
+
+def test_who_was_trained_on_the_images_is_named():
+    result = found(*(teacher(name, Look(FIRST)) for name in "abc"))
+    said = " ".join(notes_of(result, ["yes", "no", "unknown"]))
+    assert "a was trained on some of these images; its accuracies flatter" in said
+    assert "c may have been trained on some of these images" in said
+    assert "b " not in said
+    assert not any("trained on" in note for note in notes_of(result, ["unknown"] * 3))
+
+
+def test_the_first_batch_is_not_timed():
+    """As of a network that is slow at first."""
+    calls = []
+
+    def slow_at_first(score):
+        if not calls:
+            time.sleep(0.3)
+        calls.append(None)
+        return score
+
+    (row,) = rows_of(found(teacher("slow", Look(FIRST, bend=slow_at_first))))
+    assert row.forward_ms < 300 / 6 / 2
 
 
 @pytest.mark.parametrize("kind", ["clean", "adversarial"])

@@ -21,7 +21,7 @@ from compressor.comparison.request import read_request
 from compressor.comparison.result import METRICS, read_result
 from compressor.comparison.runs import HowToRun
 from compressor.comparison_workflow import compare, prepare_comparison
-from compressor.errors import CheckpointError, InterruptedRunError
+from compressor.errors import CheckpointError, InterruptedRunError, RecipeError
 from compressor.gate.paired import holm
 from compressor.interruption import StopWish
 from compressor.networks import NetworkSpec, build_classifier, save_classifier
@@ -104,7 +104,11 @@ def quick(monkeypatch):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, one_thread):
-    folder = tmp_path_factory.mktemp("compared")
+    return make_inputs(tmp_path_factory.mktemp("compared"))
+
+
+def make_inputs(folder):
+    """Recipe, comparison file and an untrained teacher."""
     spec = NetworkSpec(architecture="tiny", num_classes=10, image_shape=(1, 8, 8))
     save_classifier(folder / "teacher.safetensors", build_classifier(spec, seed=1), spec, {})
     (folder / "base.toml").write_text(BASE.format(folder=folder))
@@ -112,10 +116,10 @@ def folder(tmp_path_factory, one_thread):
     return folder
 
 
-def prepared(folder, *, signals=no_signals, names=None, overrides=(), retry=False, out="out"):
-    plan = make_plan(read_request(folder / "file.toml", names=names), overrides=overrides)
+def prepared(folder, *, signals=no_signals, overrides=(), retry=False, accept=True, out="out"):
+    plan = make_plan(read_request(folder / "file.toml", names=None), overrides=overrides)
     how = HowToRun(
-        settings=SETTINGS, command="again", signals=signals, accept_teachers=True, retry=retry
+        settings=SETTINGS, command="again", signals=signals, accept_teachers=accept, retry=retry
     )
     return prepare_comparison(plan, ComparisonFolder(folder / out), how)
 
@@ -183,7 +187,7 @@ def test_killed_interrupted_and_gone_on_with(folder):
 
     comparison = prepared(folder, signals=stopping)
     assert left(comparison) == EVERYTHING[EVERYTHING.index(("trades-seed0", "cascade")) :]
-    with pytest.raises(InterruptedRunError, match="again"):
+    with pytest.raises(InterruptedRunError, match=r"^bmtard-seed1: stopped after .*\n?.*again"):
         run(comparison, at=stop)
     partial = read_result(comparison.folder.result)
     assert [row.num_measured for row in partial.methods] == [1, 1]
@@ -228,7 +232,14 @@ def check_other_reports_are_not_taken(folder):
     images = ImageCounts(clean=40, white_box=12, cascade=3)
     for files in place.reports("trades-seed0"):
         sound = files.json.read_text()
-        for change in ({"epsilon_pixels": 0.001}, {"seed": 1}, {"looks": "many"}):
+        weaker = list(read_report(files.json).attacks)
+        weaker[0] = weaker[0].model_copy(update={"parameters": {"num_steps": 1}})
+        for change in (
+            {"epsilon_pixels": 0.001},
+            {"seed": 1},
+            {"looks": "many"},
+            {"attacks": tuple(weaker)},
+        ):
             report = read_report(files.json).model_copy(update=change)
             write_report(report, files.json)
             found = find_measured(run, place, images=images, test_sha256=sha256)
@@ -257,13 +268,15 @@ def check_result(result):
 @pytest.mark.workflow
 def test_other_recipes_and_other_teachers_are_refused(folder):
     """After the test above, whose runs are there."""
-    with pytest.raises(CheckpointError, match="another recipe"):
+    with pytest.raises(
+        CheckpointError, match="of another recipe; choose another folder with --out"
+    ):
         prepared(folder, overrides=["training.epochs=1"])
     content = (folder / "teacher.safetensors").read_bytes()
     spec = NetworkSpec(architecture="tiny", num_classes=10, image_shape=(1, 8, 8))
     save_classifier(folder / "teacher.safetensors", build_classifier(spec, seed=2), spec, {})
     try:
-        with pytest.raises(CheckpointError, match="its teachers were"):
+        with pytest.raises(CheckpointError, match=r"its teachers were .*another folder with --out"):
             prepared(folder)
     finally:
         (folder / "teacher.safetensors").write_bytes(content)
@@ -271,20 +284,29 @@ def test_other_recipes_and_other_teachers_are_refused(folder):
 
 
 @pytest.mark.workflow
-def test_one_failure_does_not_stop_the_others(folder):
-    """With such a rate the loss of TRADES is soon no number, and that is its result."""
-    changes = {"out": "failing", "overrides": ["training.learning_rate=1e30"]}
-    (folder / "file.toml").write_text(
-        FILE.replace("seeds = 2", "seeds = 1").replace("cascade_samples = 3", "cascade_samples = 0")
-    )
+def test_other_software_is_named(folder):
+    """After the tests above; one report says that another version made it."""
+    files = ComparisonFolder(folder / "out").reports("trades-seed0")[0]
+    sound, report = files.json.read_text(), read_report(files.json)
+    assert not any("other software" in note for note in run(prepared(folder))[0].notes)
+    environment = report.environment | {"torch": "0.1"}
+    write_report(report.model_copy(update={"environment": environment}), files.json)
     try:
-        comparison = prepared(folder, **changes)
-        result, seen = run(comparison)
-        assert {row.runs[0].status for row in result.methods} == {"failed"}
-        assert "not finite" in result.methods[1].runs[0].reason
-        assert sum("failed" in note for note in result.notes) == 2
-        assert [part for _, part in seen] == ["training"] * 2
-        assert left(prepared(folder, **changes)) == []
-        assert ("trades-seed0", "training") in left(prepared(folder, retry=True, **changes))
+        (note,) = (note for note in run(prepared(folder))[0].notes if "other software" in note)
+        assert note.startswith("Attacked on")
+        assert "torch 0.1" in note
+        assert f"torch {report.environment['torch']}" in note
     finally:
-        (folder / "file.toml").write_text(FILE)
+        files.json.write_text(sound)
+
+
+@pytest.mark.workflow
+def test_unfit_teachers_are_refused_before_anything_runs(folder):
+    """All of them, by role and name; where nothing is left to train, nobody asks them."""
+    with pytest.raises(RecipeError, match="nothing was run") as caught:
+        prepared(folder, accept=False, out="unfit")
+    for role in ("clean", "robust"):
+        assert f"the {role} teacher" in str(caught.value)
+    assert str(caught.value).count("--accept-teachers goes on") == 2
+    assert not (folder / "unfit").exists()
+    assert left(prepared(folder, accept=False)) == []
