@@ -15,12 +15,15 @@ from cli.options import (
     KeepOption,
     MemoryOption,
     OutOption,
+    ProcessesOption,
+    RestartsOption,
     ResumeOption,
     SetOption,
     ThreadsOption,
     WorkersOption,
 )
 from cli.output import Output
+from cli.processes import is_first, run_in_processes
 
 if TYPE_CHECKING:
     from compressor.performance_settings import PerformanceSettings
@@ -56,6 +59,8 @@ def distill(
     keep_every: KeepOption = None,
     memory_mib: MemoryOption = 4096,
     workers: WorkersOption = None,
+    nproc: ProcessesOption = 1,
+    restarts: RestartsOption = 3,
     download: DownloadOption = False,
     accept_teachers: AcceptOption = False,
     do_verify: Annotated[bool, typer.Option("--verify/--no-verify")] = True,
@@ -74,6 +79,8 @@ def distill(
 
     `robust-compress distill runs/mine --resume`
     """
+    if nproc > 1:
+        raise typer.Exit(run_in_processes(nproc, num_restarts=restarts))
     from cli.recipe_from_options import NamedOptions, recipe_from_options
     from cli.training import TrainingOptions, performance_settings, run_training
 
@@ -105,6 +112,8 @@ def distill(
         command="distill",
     )
     run = run_training(recipe, options, output)
+    if not is_first():
+        return
     _finish(run.path, output, settings, do_verify=do_verify, do_export=do_export)
 
 

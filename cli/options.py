@@ -58,3 +58,11 @@ KeepOption = Annotated[
     int | None,
     typer.Option("--keep-every", min=1, help="Keep the checkpoint of every such epoch."),
 ]
+ProcessesOption = Annotated[
+    int,
+    typer.Option("--nproc", min=1, max=1024, help="Processes of this machine that share the work."),
+]
+RestartsOption = Annotated[
+    int,
+    typer.Option(min=0, help="How often killed processes of --nproc begin anew, at a checkpoint."),
+]

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from cli.processes import is_first
 from compressor.errors import ExitCode, RobustCompressError
 
 
@@ -16,8 +17,9 @@ class Output:
     """Says what a command has to say, in one of two languages."""
 
     def __init__(self, *, as_json: bool) -> None:
-        self.as_json = as_json
-        self.console = Console(quiet=as_json, highlight=False, soft_wrap=not sys.stdout.isatty())
+        self.as_json = as_json and is_first()
+        is_quiet = as_json or not is_first()
+        self.console = Console(quiet=is_quiet, highlight=False, soft_wrap=not sys.stdout.isatty())
 
     def say(self, text: str) -> None:
         """A line for people."""
@@ -53,7 +55,12 @@ class Output:
 
 
 def print_error(error: RobustCompressError, *, as_json: bool) -> None:
-    """The message of a known error, on stderr for people, on stdout as JSON."""
+    """The message of a known error, on stderr for people, on stdout as JSON.
+
+    Of several processes the first one says what all have found.
+    """
+    if not is_first():
+        return
     if as_json:
         _write_error(type(error).__name__, str(error), error.exit_code)
         return

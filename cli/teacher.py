@@ -14,12 +14,15 @@ from cli.options import (
     KeepOption,
     MemoryOption,
     OutOption,
+    ProcessesOption,
+    RestartsOption,
     ResumeOption,
     SetOption,
     ThreadsOption,
     WorkersOption,
 )
 from cli.output import Output
+from cli.processes import run_in_processes
 
 _METHODS_OF_ROLE = {"clean": ("cross_entropy",), "robust": ("pgd_at", "trades")}
 
@@ -43,6 +46,8 @@ def train_teacher(
     keep_every: KeepOption = None,
     memory_mib: MemoryOption = 4096,
     workers: WorkersOption = None,
+    nproc: ProcessesOption = 1,
+    restarts: RestartsOption = 3,
     download: DownloadOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -51,6 +56,8 @@ def train_teacher(
     Example: `robust-compress teacher train examples/recipes/cifar10-teacher-robust.toml
     --role robust --data imagefolder:DATA`
     """
+    if nproc > 1:
+        raise typer.Exit(run_in_processes(nproc, num_restarts=restarts))
     from cli.recipe_from_options import NamedOptions, recipe_from_options
     from cli.training import TrainingOptions, performance_settings, run_training
     from compressor.errors import UsageError

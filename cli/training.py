@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cli.output import Output
+from cli.processes import is_one_of_several, option_in_use, was_started_again
 from compressor.errors import UsageError
 
 if TYPE_CHECKING:
@@ -66,18 +67,23 @@ def run_training(recipe: "Recipe", options: TrainingOptions, output: Output) -> 
     """Train with a live display, and stop well on SIGINT and SIGTERM."""
     from cli.progress import training_display
     from compressor.interruption import stop_wish
+    from compressor.run_directory import RunDirectory
     from compressor.training_workflow import TrainingRequest, train
 
     out = options.out or Path("runs") / f"{recipe.name}-{recipe.recipe_id[:8]}"
+    has_begun = was_started_again() and RunDirectory(out).resolved_recipe.is_file()
     request = TrainingRequest(
         out=out,
         settings=options.settings,
-        resume=options.resume,
+        resume=options.resume or has_begun,
         resume_command=_resume_command(out, options),
         download=options.download,
         accept_teachers=options.accept_teachers,
     )
-    with stop_wish() as stop, training_display(output) as observe:
+    with (
+        stop_wish(is_patient=is_one_of_several()) as stop,
+        training_display(output) as observe,
+    ):
         run = train(recipe, request, observe=observe, on_teacher=_teller(output), stop=stop)
     output.say(f"Trained: {run.model}; curves in {run.curves.name}")
     return run
@@ -90,6 +96,7 @@ def _resume_command(out: Path, options: TrainingOptions) -> str:
         "--device": settings.device if settings.device != "auto" else None,
         "--dtype": settings.training_dtype if settings.training_dtype != "auto" else None,
         "--threads": settings.num_threads,
+        "--nproc": option_in_use(),
         "--keep-every": settings.keep_every_epochs,
         "--memory-mib": settings.memory_budget_mib if settings.memory_budget_mib != 4096 else None,
         "--workers": settings.num_workers,

@@ -24,8 +24,19 @@ from compressor.image_sources import ImageSource, open_source
 from compressor.image_storage import ImageStorage, store_images
 from compressor.performance_settings import PerformanceSettings
 from compressor.randomness import Stream, permutation, sample_keys, uniform
+from compressor.ranks import ALONE, Ranks
 from compressor.recipe import DataRecipe
 from compressor.sample_order import balanced_order, proportional_order
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Shard:
+    """What a rank knows of the whole batch of which it has a part."""
+
+    ranks: Ranks
+    num_images: int
+    key: Tensor
+    """Of the first image of the batch, int64 [1]."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -40,6 +51,29 @@ class Batch:
     """int64 positions in the source's part, the same in every run."""
     keys_N: Tensor
     """int64 keys of the samples' random numbers in this epoch; see `compressor.randomness`."""
+    shard: Shard | None = None
+    """None where these are all images of the step."""
+
+    @property
+    def ranks(self) -> Ranks:
+        """Those that share the step."""
+        return ALONE if self.shard is None else self.shard.ranks
+
+    @property
+    def num_images(self) -> int:
+        """Of the whole step, on all ranks."""
+        return len(self.y_N) if self.shard is None else self.shard.num_images
+
+    @property
+    def key(self) -> Tensor:
+        """For what is drawn once a step, int64 [1]: the key of its first image."""
+        return self.keys_N[:1] if self.shard is None else self.shard.key
+
+    def mean(self, values_N: Tensor) -> Tensor:
+        """Mean over all images of the step of one value for each, a scalar; see `Ranks.total`."""
+        if self.shard is None:
+            return values_N.mean()
+        return self.ranks.total(values_N.sum()) / self.num_images
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -188,6 +222,7 @@ def training_batches(
     epoch: int,
     first_batch: int = 0,
     augment: Augmentation,
+    ranks: Ranks = ALONE,
 ) -> Iterator[Batch]:
     """One epoch in random order, augmented; the last batch may be smaller.
 
@@ -198,6 +233,7 @@ def training_batches(
         epoch: Counts from 0.
         first_batch: Skip this many batches without reading their images.
         augment: What to do to each image.
+        ranks: Each gets its part of every batch.
 
     Raises:
         DataError: if the split has fewer images than one batch.
@@ -212,7 +248,7 @@ def training_batches(
         )
     keys_N = sample_keys(split.index_N, seed=seed, epoch=epoch)
     order_N = permutation(keys_N)[first_batch * batch_size :]
-    return _batches(split, order_N, keys_N, batch_size=batch_size, augment=augment)
+    return _batches(split, order_N, keys_N, batch_size=batch_size, augment=augment, ranks=ranks)
 
 
 def evaluation_batches(
@@ -243,12 +279,15 @@ def _batches(
     *,
     batch_size: int,
     augment: Augmentation | None,
+    ranks: Ranks = ALONE,
 ) -> Iterator[Batch]:
     """`order_N` holds places in the split; `keys_N` has the order of the split."""
-    places = torch.split(order_N, batch_size) if len(order_N) else ()
+    whole = torch.split(order_N, batch_size) if len(order_N) else ()
+    places = [places_B[ranks.part(len(places_B))] for places_B in whole]
     images = split.storage.batches([split.index_N[places_B] for places_B in places])
-    for places_B, images_BCHW in zip(places, images, strict=True):
+    for all_B, places_B, images_BCHW in zip(whole, places, images, strict=True):
         keys_B = keys_N[places_B]
+        shard = Shard(ranks=ranks, num_images=len(all_B), key=keys_N[all_B[:1]])
         if augment is not None:
             images_BCHW = crop_and_flip(
                 images_BCHW,
@@ -261,6 +300,7 @@ def _batches(
             y_N=split.labels_N[places_B],
             index_N=split.index_N[places_B],
             keys_N=keys_B,
+            shard=shard if ranks.num_ranks > 1 else None,
         )
 
 

@@ -10,6 +10,7 @@ import torch
 from compressor import __version__
 from compressor.performance import Performance
 from compressor.performance_settings import PerformanceSettings
+from compressor.ranks import num_ranks_of_environment
 
 _PACKAGES = (
     "torch",
@@ -33,6 +34,7 @@ def describe_environment(performance: Performance) -> dict[str, Any]:
         "device": device_name(performance.device),
         "number_format": str(performance.training_dtype).removeprefix("torch."),
         "num_threads": torch.get_num_threads(),
+        "num_processes": num_ranks_of_environment(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
     }
 

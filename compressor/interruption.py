@@ -15,12 +15,19 @@ class StopWish:
 
 
 @contextmanager
-def stop_wish() -> Iterator[StopWish]:
-    """Collect the first SIGINT or SIGTERM; a second one acts at once, as without us."""
+def stop_wish(*, is_patient: bool = False) -> Iterator[StopWish]:
+    """Collect the first SIGINT or SIGTERM; a second one acts at once, as without us.
+
+    Args:
+        is_patient: let no number of them act at once: a launcher passes on the signal that the
+            process got itself, and kills it if it takes too long.
+    """
     wish = StopWish()
 
     def note(number: int, _frame: FrameType | None) -> None:
         wish.signal_number = number
+        if is_patient:
+            return
         for one, handler in before.items():
             signal.signal(one, handler)
 

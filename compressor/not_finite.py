@@ -7,6 +7,7 @@ from torch import Tensor
 
 from compressor.data import Batch
 from compressor.errors import NonFiniteLossError, RobustCompressError, TeacherError
+from compressor.ranks import Ranks
 from compressor.teacher import Teacher
 
 _NUM_SHOWN = 16
@@ -19,6 +20,7 @@ def explain_loss(
     step: int,
     teachers: Iterable[Teacher],
     of_method: Mapping[str, Tensor],
+    ranks: Ranks,
     last_good: str,
 ) -> RobustCompressError:
     """The error of a step that is not taken: a teacher's, the method's or the student's.
@@ -29,12 +31,13 @@ def explain_loss(
         step: counted from 1.
         teachers: as they were given.
         of_method: what the method changes besides the student.
+        ranks: those that share the step, each of which asks its teachers other images.
         last_good: where the newest checkpoint is.
     """
     where = f"the loss of step {step} is not finite"
     kept = f"The step was not taken. Last good checkpoint: {last_good}"
     for teacher in teachers:
-        num_bad = teacher.num_not_finite()
+        num_bad = ranks.largest(teacher.num_not_finite())
         if num_bad:
             return TeacherError(
                 f"{where}: the {teacher.role} teacher {teacher.name} answered {num_bad} images "

@@ -14,14 +14,17 @@ from torch import nn
 from compressor.allocator import keep_freed_memory
 from compressor.errors import DeviceError
 from compressor.performance_settings import PerformanceSettings
+from compressor.ranks import ALONE, Ranks
 
 
 @dataclass(frozen=True, kw_only=True)
 class Performance:
-    """Where and in which format a run computes."""
+    """Where, in which format and with whom a run computes."""
 
     device: torch.device
     training_dtype: torch.dtype = torch.float32
+    ranks: Ranks = ALONE
+    """The processes that share the work."""
 
     def autocast(self) -> AbstractContextManager[object]:
         """Mixed precision for the forward passes of training; nothing in float32."""
@@ -45,8 +48,11 @@ def resolve_performance(settings: PerformanceSettings) -> Performance:
     """
     _insist_on_float32()
     keep_freed_memory()
+    num_ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if settings.num_threads is not None:
         torch.set_num_threads(settings.num_threads)
+    elif num_ranks_here > 1:  # torchrun leaves each of them one thread
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_ranks_here))
     device = _resolve_device(settings.device)
     if settings.training_dtype == "auto":
         fast = multiplies_bfloat16(device)
@@ -88,10 +94,11 @@ def _insist_on_float32() -> None:
 
 
 def _resolve_device(name: str) -> torch.device:
+    own_gpu = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device(own_gpu if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(name)
+        device = torch.device(own_gpu if name == "cuda" else name)
         if device.type not in {"cpu", "cuda"}:
             raise RuntimeError(name)
     except RuntimeError:

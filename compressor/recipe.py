@@ -130,6 +130,10 @@ class TrainingRecipe(ClosedTable):
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Also keep an exponential moving average of the weights as a second candidate."""
     gradient_clip_norm: Positive | None = None
+    batch_norm: Literal["whole_batch", "own_images"] = "whole_batch"
+    """Where several processes share a batch, what BatchNorm normalises by. With `own_images` each
+    takes those that it has, as many scripts do, and the number of processes is a part of what is
+    learnt."""
 
 
 class SelectionRecipe(ClosedTable):
@@ -197,6 +201,8 @@ def portable_dict(recipe: Recipe) -> dict[str, Any]:
         del table["data"]["training_size"]
     if table["training"]["schedule"].get("idle_fraction") == 0:
         del table["training"]["schedule"]["idle_fraction"]
+    if recipe.training.batch_norm == "whole_batch":
+        del table["training"]["batch_norm"]
     table["data"]["source"] = recipe.data.source.partition(":")[0]
     for teacher in table["teachers"]:
         teacher["source"] = _kind_of_teacher(teacher["source"])

@@ -10,6 +10,7 @@ from compressor.errors import CheckpointError
 from compressor.method_recipes import BMTARDRecipe, CIARDRecipe
 from compressor.methods.build import resolve_temperature_rate
 from compressor.performance_settings import PerformanceSettings
+from compressor.ranks import num_ranks_of_environment
 from compressor.recipe import Recipe
 from compressor.recipe_file import load_recipe
 from compressor.reports.report import Count
@@ -18,7 +19,9 @@ from compressor.schedules import num_steps_of
 from compressor.teacher_check import TeacherCheck
 
 
-def run_facts(recipe: Recipe, data: TrainingData, checks: Sequence[TeacherCheck]) -> dict[str, Any]:
+def run_facts(
+    recipe: Recipe, data: TrainingData, checks: Sequence[TeacherCheck], *, num_ranks: int
+) -> dict[str, Any]:
     """Hashes of data and teachers, sizes, and what the recipe leaves to be resolved."""
     train, validation = data.train, data.validation
     num_steps = num_steps_of(recipe, num_images=train.num_images)
@@ -37,6 +40,8 @@ def run_facts(recipe: Recipe, data: TrainingData, checks: Sequence[TeacherCheck]
     if isinstance(recipe.method, BMTARDRecipe | CIARDRecipe):
         rate = resolve_temperature_rate(recipe.method, num_steps=num_steps)
         facts["temperature_rate_per_step"] = rate
+    if recipe.training.batch_norm == "own_images":  # else their number is a matter of speed
+        facts["num_processes"] = num_ranks
     return facts
 
 
@@ -53,6 +58,12 @@ def refuse_changed_facts(run: RunDirectory, facts: dict[str, Any]) -> None:
                 f"{run.path} cannot go on: {name} was {before.get(name)}, now it is {facts[name]}; "
                 "give the data that the run began with"
             )
+    counts = before.get("num_processes"), facts.get("num_processes")
+    if counts[0] != counts[1]:
+        raise CheckpointError(
+            f"{run.path} cannot go on with {counts[1]} processes: it has training.batch_norm = "
+            f'"own_images" and began with {counts[0]}; give as many with --nproc'
+        )
     teachers = [[(t["role"], t["sha256"]) for t in f["teachers"]] for f in (before, facts)]
     if teachers[0] != teachers[1]:
         raise CheckpointError(
@@ -78,6 +89,8 @@ def refuse_other_recipe(run: RunDirectory, recipe: Recipe) -> None:
 def as_it_began(run: RunDirectory, settings: PerformanceSettings) -> PerformanceSettings:
     """The settings of a resumed run: what is not asked for stays as it was.
 
+    But for the threads of each process, where there is another number of processes now.
+
     Raises:
         CheckpointError: if another number format is asked for.
     """
@@ -88,7 +101,9 @@ def as_it_began(run: RunDirectory, settings: PerformanceSettings) -> Performance
             f"{run.path} is trained in {number_format}, not in {settings.training_dtype}; leave "
             "--dtype out"
         )
-    num_threads = settings.num_threads or before.get("num_threads")
+    num_threads = settings.num_threads
+    if num_threads is None and before.get("num_processes", 1) == num_ranks_of_environment():
+        num_threads = before.get("num_threads")
     changes = {"training_dtype": number_format, "num_threads": num_threads}
     return settings.model_copy(update=changes)
 

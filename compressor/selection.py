@@ -20,18 +20,21 @@ def measure_on_validation(
     """Clean accuracy, and accuracy under PGD, both judged in float32.
 
     The search for adversarial images may run in the format of training; what they do is always
-    decided by the float32 network. The counts wait for the device once, at the end.
+    decided by the float32 network. The counts wait for the device once, at the end. Each rank takes
+    its part of the images, and all get the counts of all.
     """
     attack = selection_attack(recipe.threat.build(), num_steps=recipe.selection.num_steps)
     view = EvaluationView(network, performance)
     counts = torch.zeros(2, dtype=torch.int64, device=performance.device)
     with evaluation_mode(network):
-        for batch in evaluation_batches(validation, batch_size=_BATCH_SIZE):
+        places_N = torch.arange(validation.num_images, device=performance.device)
+        own_N = places_N[performance.ranks.part(validation.num_images)]
+        for batch in evaluation_batches(validation, batch_size=_BATCH_SIZE, order_N=own_N):
             x_adv = attack(view, batch.x_NCHW, batch.y_N, keys_N=batch.keys_N)
             with torch.no_grad():
                 for place, x in enumerate((batch.x_NCHW, x_adv)):
                     counts[place] += (network(x).argmax(dim=1) == batch.y_N).sum()
-    clean, robust = counts.tolist()
+    clean, robust = performance.ranks.sum_in_place(counts).tolist()
     total = validation.num_images
     return (
         Proportion(num_correct=clean, num_total=total),

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from compressor.architectures.shared_batch_norm import average_statistics
 from compressor.checkpoint import (
     Best,
     Candidate,
@@ -35,6 +36,7 @@ from compressor.metrics import (
 )
 from compressor.not_finite import explain_loss
 from compressor.performance_settings import PerformanceSettings
+from compressor.ranks import Ranks
 from compressor.recipe import Recipe
 from compressor.run_directory import RunDirectory
 from compressor.schedules import Progress, num_steps_of, rate_factor
@@ -64,6 +66,11 @@ class Training:
     """Whether the weights before the first step may be selected: they may be good already."""
     fraction_before: float = 0.0
     """Of the run that the method knows, what was over before this training began."""
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes that share every step; only the first one writes and observes."""
+        return self.student.performance.ranks
 
     @property
     def steps_per_epoch(self) -> int:
@@ -119,7 +126,7 @@ def fit(training: Training, state: TrainState) -> TrainState:
             num_parameters=sum(p.numel() for p in training.student.network.parameters()),
         )
     )
-    if not training.run.checkpoint_steps():
+    if state.step == 0 and not training.run.checkpoint_steps():
         state = _select(training, state) if training.start_is_candidate else state
         _save(training, state)
     while state.epoch < recipe.training.epochs:
@@ -127,8 +134,7 @@ def fit(training: Training, state: TrainState) -> TrainState:
         if _is_validation_due(training, state):
             state = _select(training, state)
         _save(training, state)
-        if training.stop.signal_number is not None:
-            raise _interruption(training, state)
+        _stop_if_wished(training, state)
     best_epoch = state.best.epoch if state.best else state.epoch
     training.observe(TrainingEnded(step=state.step, best_epoch=best_epoch))
     return state
@@ -147,19 +153,15 @@ def _train_epoch(training: Training, state: TrainState) -> TrainState:
             batch_in_epoch=state.batch_in_epoch + 1,
             method_state=method_state,
         )
-        speed = {"speed_images_per_second": len(batch.y_N) / seconds}
+        speed = {"speed_images_per_second": batch.num_images / seconds}
         if state.step % training.settings.log_every_steps == 0 or state.step == 1:
             training.observe(
                 StepDone(step=state.step, epoch=state.epoch + 1, values=values | speed)
             )
-        is_due = (
-            time.monotonic() - saved_at_seconds > 60 * training.settings.checkpoint_every_minutes
-        )
-        if is_due or training.stop.signal_number is not None:
+        if time.monotonic() - saved_at_seconds > 60 * training.settings.checkpoint_every_minutes:
             _save(training, state)
             saved_at_seconds = time.monotonic()
-        if training.stop.signal_number is not None:
-            raise _interruption(training, state)
+        _stop_if_wished(training, state, saving=True)
     return replace(state, epoch=state.epoch + 1, batch_in_epoch=0)
 
 
@@ -185,6 +187,7 @@ def _train_step(
             step=state.step + 1,
             teachers=training.teachers,
             of_method=training.tensors.of_method,
+            ranks=training.ranks,
             last_good=last_good(training.run),
         )
     learning_rate = recipe.training.learning_rate * factor
@@ -192,11 +195,14 @@ def _train_step(
         group["lr"] = learning_rate
     optimizer.zero_grad(set_to_none=True)
     result.loss.backward()  # type: ignore[no-untyped-call]
+    training.ranks.sum_gradients(training.student.network.parameters())
     if recipe.training.gradient_clip_norm is not None:
         torch.nn.utils.clip_grad_norm_(
             training.student.network.parameters(), recipe.training.gradient_clip_norm
         )
     optimizer.step()
+    if recipe.training.batch_norm == "own_images":
+        average_statistics(training.student.network, training.ranks)
     if training.tensors.average is not None and recipe.training.ema_decay is not None:
         _update_average(training.tensors, decay=recipe.training.ema_decay)
     return {**result.logged, "learning_rate_per_step": learning_rate}, method_state
@@ -279,6 +285,7 @@ def _batches(training: Training, state: TrainState) -> Iterator[Batch]:
         augment=Augmentation(
             crop_padding_pixels=data.crop_padding_pixels, horizontal_flip=data.horizontal_flip
         ),
+        ranks=training.ranks,
     )
 
 
@@ -293,6 +300,8 @@ def _timed(batches: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:
 
 
 def _save(training: Training, state: TrainState) -> None:
+    if not training.ranks.is_first:
+        return
     recipe_id, run = training.recipe.recipe_id, training.run
     path = save_checkpoint(run, state, training.tensors, recipe_id=recipe_id)
     kept = training.settings.keep_every_epochs
@@ -304,10 +313,15 @@ def _save(training: Training, state: TrainState) -> None:
     training.observe(CheckpointSaved(step=state.step, path=str(path)))
 
 
-def _interruption(training: Training, state: TrainState) -> InterruptedRunError:
-    is_term = training.stop.signal_number == signal.SIGTERM
-    kind = TerminatedRunError if is_term else InterruptedRunError
-    return kind(
+def _stop_if_wished(training: Training, state: TrainState, *, saving: bool = False) -> None:
+    """All ranks after the same step, whichever of them got the signal."""
+    number = training.ranks.largest(training.stop.signal_number or 0)
+    if not number:
+        return
+    if saving:
+        _save(training, state)
+    kind = TerminatedRunError if number == signal.SIGTERM else InterruptedRunError
+    raise kind(
         f"stopped after step {state.step} of {training.num_steps}; everything is saved. "
         f"Continue with\n  {training.resume_command}"
     )

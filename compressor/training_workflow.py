@@ -2,11 +2,13 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from compressor.architectures.build import find_architecture
+from compressor.architectures.shared_batch_norm import share_batch_norm
 from compressor.architectures.teacher_map import add_teacher_map, merge_teacher_map
 from compressor.attacks.pgd import PGD
 from compressor.checkpoint import TrainState, load_candidate, load_checkpoint
@@ -22,6 +24,8 @@ from compressor.metrics import Event, MetricsFile, Observer, TensorBoardFiles
 from compressor.networks import Classifier, NetworkSpec, build_classifier, save_classifier
 from compressor.performance import Performance, resolve_performance
 from compressor.performance_settings import PerformanceSettings
+from compressor.ranks import joined_ranks
+from compressor.ranks_limits import refuse_on_ranks
 from compressor.recipe import Recipe, resolved_dict
 from compressor.run_directory import RunDirectory, read_facts, write_json_atomically
 from compressor.run_facts import (
@@ -76,56 +80,89 @@ def train(
     run = RunDirectory.open(request.out) if request.resume else RunDirectory.vacant(request.out)
     settings = as_it_began(run, request.settings) if request.resume else request.settings
     performance = resolve_performance(settings)
+    with joined_ranks(performance.device) as ranks:
+        performance = dataclasses.replace(performance, ranks=ranks)
+        refuse_on_ranks(recipe, num_ranks=ranks.num_ranks)
+        data = _load_data(recipe, settings, performance, download=request.download)
+        teachers = load_teachers(recipe, data, performance=performance)
+        method = build_method(
+            recipe.method,
+            threat=recipe.threat.build(),
+            teachers=teachers,
+            num_steps=num_steps_of(recipe, num_images=data.train.num_images),
+        )
+        checks = check_teachers(teachers, recipe, data)
+        for check in checks:
+            on_teacher(check)
+            if not request.accept_teachers:
+                refuse_unfit(check)
+        spec = network_spec(recipe, data)
+        network = student_network(recipe, spec)
+        if ranks.num_ranks > 1 and recipe.training.batch_norm == "whole_batch":
+            share_batch_norm(network, ranks)
+        student = Student(network, performance)
+        facts = run_facts(recipe, data, checks, num_ranks=ranks.num_ranks)
+        ranks.wait()  # until all have seen that the folder is vacant
+        with _begun(run, recipe, request, facts=facts, performance=performance):
+            training = Training(
+                recipe=recipe,
+                settings=settings,
+                run=run,
+                data=data,
+                student=student,
+                method=method,
+                teachers=teachers,
+                tensors=trained_tensors(student, recipe, method),
+                observe=observe,
+                resume_command=request.resume_command,
+                stop=stop or StopWish(),
+            )
+            _fit_and_finish(training, spec, resume=request.resume)
+            ranks.wait()
+    return run
+
+
+@contextmanager
+def _begun(
+    run: RunDirectory,
+    recipe: Recipe,
+    request: TrainingRequest,
+    *,
+    facts: dict[str, Any],
+    performance: Performance,
+) -> Iterator[None]:
+    """Hold the folder of a run, which says what the run is; the first of the ranks does."""
+    is_first = performance.ranks.is_first
+    if is_first:
+        run.make()
+    with run.locked() if is_first else nullcontext():
+        if request.resume:
+            refuse_other_recipe(run, recipe)
+            refuse_changed_facts(run, facts)
+        elif is_first:
+            RunDirectory.vacant(run.path)  # another process may have been faster
+            settings = {"settings": settings_dict(request.settings)}
+            write_json_atomically(run.environment, describe_environment(performance) | settings)
+            write_json_atomically(run.facts, facts)
+        if is_first:
+            resolved = resolved_dict(with_absolute_paths(recipe))
+            write_json_atomically(run.resolved_recipe, resolved)
+        yield
+
+
+def _load_data(
+    recipe: Recipe, settings: PerformanceSettings, performance: Performance, *, download: bool
+) -> TrainingData:
     data = load_training_data(
         recipe.data,
         seed=recipe.seed,
         settings=settings,
         device=performance.device,
-        download=request.download,
+        download=download,
     )
     refuse_single_image_batches(recipe, data)
-    _refuse_other_test_images(recipe, data, download=request.download)
-    teachers = load_teachers(recipe, data, performance=performance)
-    method = build_method(
-        recipe.method,
-        threat=recipe.threat.build(),
-        teachers=teachers,
-        num_steps=num_steps_of(recipe, num_images=data.train.num_images),
-    )
-    checks = check_teachers(teachers, recipe, data)
-    for check in checks:
-        on_teacher(check)
-        if not request.accept_teachers:
-            refuse_unfit(check)
-    spec = network_spec(recipe, data)
-    student = Student(student_network(recipe, spec), performance)
-    facts = run_facts(recipe, data, checks)
-    run.make()
-    with run.locked():
-        if request.resume:
-            refuse_other_recipe(run, recipe)
-            refuse_changed_facts(run, facts)
-        else:
-            RunDirectory.vacant(run.path)  # another process may have been faster
-            environment = describe_environment(performance) | {"settings": settings_dict(settings)}
-            write_json_atomically(run.environment, environment)
-            write_json_atomically(run.facts, facts)
-        write_json_atomically(run.resolved_recipe, resolved_dict(with_absolute_paths(recipe)))
-        training = Training(
-            recipe=recipe,
-            settings=settings,
-            run=run,
-            data=data,
-            student=student,
-            method=method,
-            teachers=teachers,
-            tensors=trained_tensors(student, recipe, method),
-            observe=observe,
-            resume_command=request.resume_command,
-            stop=stop or StopWish(),
-        )
-        _fit_and_finish(training, spec, resume=request.resume)
-    return run
+    _refuse_other_test_images(recipe, data, download=download)
+    return data
 
 
 def network_spec(recipe: Recipe, data: TrainingData) -> NetworkSpec:
@@ -212,6 +249,9 @@ def _fit_and_finish(training: Training, spec: NetworkSpec, *, resume: bool) -> N
             recipe_id=recipe.recipe_id,
             restore_method_state=method.restore_state,
         )
+    if not training.ranks.is_first:
+        fit(dataclasses.replace(training, observe=lambda _: None), state)
+        return
     with writing_metrics(training, state) as observed:
         state = fit(observed, state)
     write_curves(run, title=recipe.name)

@@ -65,13 +65,13 @@ class AdaAD(Stateless):
         x_adv = self.attack(ask_both, x, batch.y_N, keys_N=batch.keys_N)
         terms = {}
         if self.robust_weight < 1:
-            clean_loss = self._divergence(student.logits(x), x)
+            clean_loss = batch.mean(self._divergence(student.logits(x), x))
             terms["clean_loss_nats"] = (1 - self.robust_weight, clean_loss)
-        robust_loss = self._divergence(student.logits(x_adv), x_adv)
+        robust_loss = batch.mean(self._divergence(student.logits(x_adv), x_adv))
         terms["robust_loss_nats"] = (self.robust_weight, robust_loss)
         return weighted_sum(terms), state
 
     def _divergence(self, student_logits_NK: Tensor, x_NCHW: Tensor) -> Tensor:
-        """Scaled batch mean of KL(teacher || student), a scalar; the teacher's answer is given."""
+        """Scaled KL(teacher || student), shape [N]; the teacher's answer is given."""
         p_NK = temper(self.robust_teacher.logits(x_NCHW), 1.0)
-        return self.loss_scale * kl_to_probabilities(student_logits_NK, p_NK).mean()
+        return self.loss_scale * kl_to_probabilities(student_logits_NK, p_NK)

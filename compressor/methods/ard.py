@@ -45,8 +45,10 @@ class ARD(Stateless):
         divergence_N = softened_kl(
             self.robust_teacher.logits(x), student.logits(x_adv), temperature=self.temperature
         )
-        terms = {"robust_loss_nats": (self.teacher_weight, self.loss_scale * divergence_N.mean())}
+        terms = {
+            "robust_loss_nats": (self.teacher_weight, self.loss_scale * batch.mean(divergence_N))
+        }
         if self.teacher_weight < 1:
-            clean_loss = cross_entropy(student.logits(x), y).mean()
+            clean_loss = batch.mean(cross_entropy(student.logits(x), y))
             terms["clean_loss_nats"] = (1 - self.teacher_weight, clean_loss)
         return weighted_sum(terms), state

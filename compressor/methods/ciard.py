@@ -21,6 +21,9 @@ from compressor.methods.teacher_copy import TeacherCopy
 from compressor.student import Student
 from compressor.teacher import Teacher
 
+_A_PART_OF_ONE = 1e-9
+"""Of an image: less than any share that is not zero."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Push:
@@ -142,18 +145,18 @@ class CIARD:
             self.copy.collect_statistics(x, student.performance)
         x_adv = self.attack(student.evaluation_view(), x, y, keys_N=batch.keys_N)
         adv_logits_NK = student.logits(x_adv)
-        robust_logits_NK, label_loss = self._ask_robust(student, x_adv, y, moment)
+        robust_logits_NK, label_loss = self._ask_robust(student, x_adv, batch, moment)
         robust_p_NK = temper(robust_logits_NK, state.temperatures[0])
         clean_p_NK = temper(self.clean_teacher.logits(x), state.temperatures[1])
-        robust_loss = self.loss_scale * guarded_kl(robust_p_NK, adv_logits_NK).mean()
-        clean_loss = self.loss_scale * guarded_kl(clean_p_NK, clean_logits_NK).mean()
+        robust_loss = self.loss_scale * batch.mean(guarded_kl(robust_p_NK, adv_logits_NK))
+        clean_loss = self.loss_scale * batch.mean(guarded_kl(clean_p_NK, clean_logits_NK))
         watched = {
             "robust_loss_nats": robust_loss,
             "clean_loss_nats": clean_loss,
-            "robust_teacher_entropy_nats": -guarded_negative_entropy(robust_p_NK).mean(),
-            "clean_teacher_entropy_nats": -guarded_negative_entropy(clean_p_NK).mean(),
+            "robust_teacher_entropy_nats": -batch.mean(guarded_negative_entropy(robust_p_NK)),
+            "clean_teacher_entropy_nats": -batch.mean(guarded_negative_entropy(clean_p_NK)),
             "robust_teacher_label_loss_nats": label_loss,
-            **self._push_losses(adv_logits_NK, x_adv, y),
+            **self._push_losses(adv_logits_NK, x_adv, batch),
         }
         seen = dict(zip(watched, read_back(*watched.values()), strict=True))
         values = seen["robust_loss_nats"], seen["clean_loss_nats"]
@@ -176,7 +179,7 @@ class CIARD:
         return StepResult(loss=total, logged={"loss_nats": loss_nats, **seen, **logged}), next_state
 
     def _ask_robust(
-        self, student: Student, x_adv: Tensor, y_N: Tensor, moment: Moment
+        self, student: Student, x_adv: Tensor, batch: Batch, moment: Moment
     ) -> tuple[Tensor, Tensor]:
         """Logits of the robust teacher [N, K] on x', and its loss there; then the copy descends it.
 
@@ -188,22 +191,32 @@ class CIARD:
         else:
             with torch.set_grad_enabled(rate is not None):
                 logits_NK = self.copy.logits(x_adv, student.performance)
-        loss = cross_entropy(logits_NK, y_N).mean()
+        loss = batch.mean(cross_entropy(logits_NK, batch.y_N))
         if rate is not None:
             sgd = self.retraining
-            self.copy.descend(loss, rate=rate, momentum=sgd.momentum, weight_decay=sgd.weight_decay)
+            self.copy.descend(
+                loss,
+                rate=rate,
+                momentum=sgd.momentum,
+                weight_decay=sgd.weight_decay,
+                ranks=batch.ranks,
+            )
         return logits_NK.detach(), loss.detach()
 
-    def _push_losses(self, adv_logits_NK: Tensor, x_adv: Tensor, y_N: Tensor) -> dict[str, Tensor]:
+    def _push_losses(self, adv_logits_NK: Tensor, x_adv: Tensor, batch: Batch) -> dict[str, Tensor]:
         """Scaled mean KL on the images that the clean teacher gets wrong, and their share."""
         if self.push.factor == 0:
             return {}
         teacher_logits_NK = self.clean_teacher.logits(x_adv)
-        is_wrong_N = (teacher_logits_NK.argmax(dim=1) != y_N).to(adv_logits_NK.dtype)
+        is_wrong_N = (teacher_logits_NK.argmax(dim=1) != batch.y_N).to(adv_logits_NK.dtype)
         p_NK = temper(teacher_logits_NK, 1.0)
         kl_N = guarded_kl(p_NK, adv_logits_NK / self.push.temperature)
-        push = self.loss_scale * (is_wrong_N * kl_N).sum() / is_wrong_N.sum().clamp(min=1)
-        return {"push_loss_nats": push, "push_images_fraction": is_wrong_N.mean()}
+        wrong_fraction = batch.mean(is_wrong_N)
+        mean_of_wrong = batch.mean(is_wrong_N * kl_N) / wrong_fraction.clamp(min=_A_PART_OF_ONE)
+        return {
+            "push_loss_nats": self.loss_scale * mean_of_wrong,
+            "push_images_fraction": wrong_fraction,
+        }
 
     def _balance(
         self,

@@ -17,5 +17,5 @@ class CrossEntropy(Stateless):
     ) -> tuple[StepResult, NoState]:
         """One pass."""
         del moment
-        loss = cross_entropy(student.logits(batch.x_NCHW), batch.y_N).mean()
+        loss = batch.mean(cross_entropy(student.logits(batch.x_NCHW), batch.y_N))
         return StepResult(loss=loss, logged={"loss_nats": read_back(loss)[0]}), state

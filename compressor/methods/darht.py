@@ -97,20 +97,20 @@ class DARHT:
             view = student.evaluation_view()
             u_NCHW = self.attack(view, u_NCHW, batch.y_N, keys_N=batch.keys_N)
         logits_NK, map_NMK = student.logits_and_map(u_NCHW)
-        label_loss = cross_entropy(logits_NK, batch.y_N).mean()
+        label_loss = batch.mean(cross_entropy(logits_NK, batch.y_N))
         parts = [label_loss] if moment.fraction < self.labels_until else []
         watched = {"label_loss_nats": label_loss}
         if moment.fraction >= self.distil_from:
-            divergence_M, trust_M = self._compare(map_NMK, u_NCHW, batch.y_N, draw=state.draw)
+            divergence_M, trust_M = self._compare(map_NMK, u_NCHW, batch, draw=state.draw)
             parts.append((trust_M * divergence_M).sum())
             watched |= {"distillation_loss_nats": parts[-1]}
             watched |= _by_teacher("loss_nats", divergence_M)
             watched |= _by_teacher("trust_ratio", trust_M)
         if moment.fraction >= self.labels_until:
-            parts += self._loss_of_last_layer(student, map_NMK, batch.y_N)
+            parts += self._loss_of_last_layer(student, map_NMK, batch)
         total = torch.stack(parts).sum()
 
-        draw = uniform(batch.keys_N[:1], stream=Stream.NEXT_BATCH)[0].to(total)
+        draw = uniform(batch.key, stream=Stream.NEXT_BATCH)[0].to(total)
         loss_value, next_draw, *values = read_back(total, draw, *watched.values())
         logged = {"loss_nats": loss_value, **dict(zip(watched, values, strict=True))}
         logged["adversarial_fraction"] = float(is_adversarial)
@@ -121,7 +121,7 @@ class DARHT:
         return StepResult(loss=total, logged=logged), DARHTState(draw=next_draw)
 
     def _compare(
-        self, map_NMK: Tensor, u_NCHW: Tensor, y_N: Tensor, *, draw: float
+        self, map_NMK: Tensor, u_NCHW: Tensor, batch: Batch, *, draw: float
     ) -> tuple[Tensor, Tensor]:
         """Divergence of each slice from its teacher [M], and the trust in that teacher [M]."""
         seeded = drawing_from(int(draw * _NUM_SEEDS), u_NCHW.device)
@@ -129,18 +129,18 @@ class DARHT:
             teacher_logits = [teacher.logits(u_NCHW) for teacher in self.teachers]
         slices = map_NMK.unbind(dim=1)
         divergences = [
-            kl_divergence(t_NK, m_NK).mean()
+            batch.mean(kl_divergence(t_NK, m_NK))
             for t_NK, m_NK in zip(teacher_logits, slices, strict=True)
         ]
-        label_losses = [cross_entropy(t_NK, y_N).mean() for t_NK in teacher_logits]
+        label_losses = [batch.mean(cross_entropy(t_NK, batch.y_N)) for t_NK in teacher_logits]
         trust_M = trust_of(torch.stack(label_losses), normalise=self.normalise_trust)
         return torch.stack(divergences), trust_M
 
-    def _loss_of_last_layer(self, student: Student, map_NMK: Tensor, y_N: Tensor) -> list[Tensor]:
+    def _loss_of_last_layer(self, student: Student, map_NMK: Tensor, batch: Batch) -> list[Tensor]:
         """What moves the layer from map to logits, and nothing before it, in the last phase."""
         if self.last_layer == "frozen":
             return []
-        loss = cross_entropy(student.read_out(map_NMK.detach()), y_N).mean()
+        loss = batch.mean(cross_entropy(student.read_out(map_NMK.detach()), batch.y_N))
         # A gradient of zero lets the optimiser decay and coast; no gradient stops it.
         return [loss if self.last_layer == "labels" else 0 * loss]
 

@@ -36,8 +36,10 @@ class Distillation(Stateless):
         logits_NK = student.logits(batch.x_NCHW)
         targets_NK = self.teacher.logits(batch.x_NCHW)
         divergence_N = softened_kl(targets_NK, logits_NK, temperature=self.temperature)
-        terms = {"teacher_loss_nats": (self.teacher_weight, self.loss_scale * divergence_N.mean())}
+        terms = {
+            "teacher_loss_nats": (self.teacher_weight, self.loss_scale * batch.mean(divergence_N))
+        }
         if self.teacher_weight < 1:
-            label_loss = cross_entropy(logits_NK, batch.y_N).mean()
+            label_loss = batch.mean(cross_entropy(logits_NK, batch.y_N))
             terms["label_loss_nats"] = (1 - self.teacher_weight, label_loss)
         return weighted_sum(terms), state

@@ -61,7 +61,7 @@ class IAD(Stateless):
         )
         has_begun = moment.fraction >= self.begin_fraction
         if not has_begun and self.teacher_weight == 1:
-            return weighted_sum({"robust_loss_nats": self._scaled(teacher_N)}), state
+            return weighted_sum({"robust_loss_nats": self._scaled(batch, teacher_N)}), state
 
         terms, also_logged = {}, {}
         clean_logits_NK = student.logits(x)
@@ -70,17 +70,17 @@ class IAD(Stateless):
             own_NK = clean_logits_NK.detach() if self.self_target == "detached" else clean_logits_NK
             self_N = (1 - trust_N) * kl_divergence(own_NK, adv_logits_NK)
             teacher_N = trust_N * teacher_N if self.teacher_trust == "weighted" else teacher_N
-            terms["introspection_loss_nats"] = self._scaled(self_N)
-            also_logged["teacher_trust_fraction"] = trust_N.mean()
+            terms["introspection_loss_nats"] = self._scaled(batch, self_N)
+            also_logged["teacher_trust_fraction"] = batch.mean(trust_N)
         if self.teacher_weight < 1:
-            label_loss = cross_entropy(clean_logits_NK, y).mean()
+            label_loss = batch.mean(cross_entropy(clean_logits_NK, y))
             terms["clean_loss_nats"] = (1 - self.teacher_weight, label_loss)
-        terms["robust_loss_nats"] = self._scaled(teacher_N)
+        terms["robust_loss_nats"] = self._scaled(batch, teacher_N)
         return weighted_sum(terms, also_logged=also_logged), state
 
-    def _scaled(self, divergence_N: Tensor) -> tuple[float, Tensor]:
+    def _scaled(self, batch: Batch, divergence_N: Tensor) -> tuple[float, Tensor]:
         """Weight, and scaled batch mean."""
-        return self.teacher_weight, self.loss_scale * divergence_N.mean()
+        return self.teacher_weight, self.loss_scale * batch.mean(divergence_N)
 
     def _trust(self, x_adv_NCHW: Tensor, y_N: Tensor) -> Tensor:
         """Trust of each image [N], in [0, 1]."""

@@ -26,5 +26,5 @@ class PGDAT(Stateless):
         """Attack, then one pass on its images."""
         del moment
         x_adv = self.attack(student.evaluation_view(), batch.x_NCHW, batch.y_N, keys_N=batch.keys_N)
-        loss = cross_entropy(student.logits(x_adv), batch.y_N).mean()
+        loss = batch.mean(cross_entropy(student.logits(x_adv), batch.y_N))
         return StepResult(loss=loss, logged={"loss_nats": read_back(loss)[0]}), state

@@ -41,9 +41,9 @@ class RSLAD(Stateless):
         x = batch.x_NCHW
         p_NK = temper(self.robust_teacher.logits(x), 1.0)
         x_adv = self.attack(student.evaluation_view(), x, p_NK, keys_N=batch.keys_N)
-        robust_loss = self.loss_scale * kl_to_probabilities(student.logits(x_adv), p_NK).mean()
+        robust_loss = self.loss_scale * batch.mean(kl_to_probabilities(student.logits(x_adv), p_NK))
         terms = {"robust_loss_nats": (self.robust_weight, robust_loss)}
         if self.robust_weight < 1:
-            clean_loss = self.loss_scale * kl_to_probabilities(student.logits(x), p_NK).mean()
+            clean_loss = self.loss_scale * batch.mean(kl_to_probabilities(student.logits(x), p_NK))
             terms["clean_loss_nats"] = (1 - self.robust_weight, clean_loss)
         return weighted_sum(terms), state

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from compressor.performance import Performance
+from compressor.ranks import Ranks
 from compressor.teacher import Teacher
 
 Statistics = Literal["kept", "batch"]
@@ -57,13 +58,16 @@ class TeacherCopy:
         with torch.no_grad():
             self.logits(x_NCHW, performance)
 
-    def descend(self, loss: Tensor, *, rate: float, momentum: float, weight_decay: float) -> None:
+    def descend(
+        self, loss: Tensor, *, rate: float, momentum: float, weight_decay: float, ranks: Ranks
+    ) -> None:
         """One step of SGD down a scalar loss, in place; no gradient is left behind."""
         parameters = dict(self._network.named_parameters())
         slopes = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
         with torch.no_grad():
             for (name, parameter), slope in zip(parameters.items(), slopes, strict=True):
                 if slope is not None:
+                    slope = ranks.sum_in_place(slope.contiguous())
                     slope = slope + weight_decay * parameter
                     speed = self._momentum[name].mul_(momentum).add_(slope)
                     parameter.sub_(rate * speed)

@@ -103,8 +103,8 @@ class TeacherSet:
         for member, temperature in zip(self.members, temperatures, strict=True):
             role = member.teacher.role
             p_NK = temper(member.teacher.logits(images[role]), temperature)
-            losses.append(loss_scale * guarded_kl(p_NK, student_logits[role]).mean())
-            negative_entropies.append(guarded_negative_entropy(p_NK).mean())
+            losses.append(loss_scale * batch.mean(guarded_kl(p_NK, student_logits[role])))
+            negative_entropies.append(batch.mean(guarded_negative_entropy(p_NK)))
         return TeacherTerms(losses=tuple(losses), negative_entropies=tuple(negative_entropies))
 
     def logged(self, quantity: str, values: Sequence[float]) -> dict[str, float]:

@@ -34,7 +34,10 @@ class TRADES(Stateless):
         clean_logits_NK = student.logits(batch.x_NCHW)
         adv_logits_NK = student.logits(x_adv)
         terms = {
-            "clean_loss_nats": (1.0, cross_entropy(clean_logits_NK, batch.y_N).mean()),
-            "robust_loss_nats": (self.beta, kl_divergence(clean_logits_NK, adv_logits_NK).mean()),
+            "clean_loss_nats": (1.0, batch.mean(cross_entropy(clean_logits_NK, batch.y_N))),
+            "robust_loss_nats": (
+                self.beta,
+                batch.mean(kl_divergence(clean_logits_NK, adv_logits_NK)),
+            ),
         }
         return weighted_sum(terms), state

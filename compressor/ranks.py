@@ -1,0 +1,144 @@
+"""Ranks: the processes of one run, each with its part of every batch.
+
+How many there are is a matter of speed and not of meaning: whatever a step decides by is a number
+of the whole batch and the same on every rank, so all ranks hold the same weights and the same state
+without telling one another. Only the first one writes and speaks.
+
+With `torchrun`, or `--nproc`, each process learns its place from the environment.
+"""
+
+import os
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from compressor.errors import RunError
+
+_PATIENCE = timedelta(minutes=30)
+"""For a rank that does not come: the first one may be writing to a slow disk."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranks:
+    """This process among those of its run."""
+
+    rank: int = 0
+    num_ranks: int = 1
+    control: Any = None
+    """The process group for what the hosts tell one another; None for that of the devices."""
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes and speaks for all."""
+        return self.rank == 0
+
+    def part(self, num_items: int) -> slice:
+        """Which of so many items in a row are this rank's; the parts differ by at most one."""
+        first = num_items * self.rank // self.num_ranks
+        return slice(first, num_items * (self.rank + 1) // self.num_ranks)
+
+    def total(self, scalar: Tensor) -> Tensor:
+        """Sum of a scalar over the ranks, the same on all of them.
+
+        Backwards each rank keeps the gradient of its own summand, so that the gradients of the
+        parameters are parts too, which `sum_gradients` adds up.
+        """
+        if self.num_ranks == 1:
+            return scalar
+        total: Tensor = _Total.apply(scalar)
+        return total
+
+    def sum_in_place(self, values: Tensor) -> Tensor:
+        """Each number becomes its sum over the ranks; for what needs no gradient."""
+        if self.num_ranks > 1:
+            dist.all_reduce(values)
+        return values
+
+    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Add up the gradients, in place, in one transfer.
+
+        After the backward pass and not within it, as DistributedDataParallel would: an adversarial
+        step goes back some ten times to the images and once to the parameters, so there is little
+        to hide a transfer behind; and a method may leave a layer without a gradient in one phase.
+        """
+        if self.num_ranks > 1:
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            if not gradients:
+                return
+            flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+            dist.all_reduce(flat)
+            sizes = [gradient.numel() for gradient in gradients]
+            for gradient, part in zip(gradients, torch.split(flat, sizes), strict=True):
+                gradient.copy_(part.view_as(gradient))
+
+    def largest(self, number: int) -> int:
+        """The largest of the ranks' numbers, which thereby agree; the hosts wait."""
+        if self.num_ranks == 1:
+            return number
+        found = torch.tensor(number)
+        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.control)
+        return int(found)
+
+    def wait(self) -> None:
+        """Until all ranks have come so far."""
+        self.largest(0)
+
+
+ALONE = Ranks()
+
+
+def num_ranks_of_environment() -> int:
+    """How many processes there are, before they have met."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@contextmanager
+def joined_ranks(device: torch.device) -> Iterator[Ranks]:
+    """The ranks that the environment speaks of, from `torchrun`; one where it speaks of none.
+
+    Raises:
+        RunError: if another rank ends while this one waits for it.
+    """
+    if num_ranks_of_environment() == 1:
+        yield ALONE
+        return
+    is_cuda = device.type == "cuda"
+    if is_cuda:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if is_cuda else "gloo", timeout=_PATIENCE)
+    control = dist.new_group(backend="gloo", timeout=_PATIENCE) if is_cuda else None
+    try:
+        yield Ranks(rank=dist.get_rank(), num_ranks=dist.get_world_size(), control=control)
+    except RuntimeError as error:
+        if _LOST.search(str(error)):
+            raise RunError(
+                "another process of this run has ended, and says why where it ended; what is in "
+                "the last checkpoint is kept"
+            ) from None
+        raise
+    finally:
+        dist.destroy_process_group()
+
+
+_LOST = re.compile("connection (closed|reset|refused)|closed by peer|timed out", re.IGNORECASE)
+
+
+class _Total(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, scalar: Tensor) -> Tensor:  # noqa: ANN401 (torch's signature)
+        del ctx
+        total = scalar.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> Tensor:  # noqa: ANN401
+        del ctx
+        return slope

@@ -1,0 +1,330 @@
+"""The number of processes is a matter of speed: the same losses, weights and counts on one and two.
+
+This file is also the script of the processes.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from compressor.architectures.shared_batch_norm import share_batch_norm
+from compressor.architectures.teacher_map import add_teacher_map
+from compressor.data import Batch, Shard
+from compressor.errors import RecipeError
+from compressor.methods.build import build_method
+from compressor.methods.protocol import Moment
+from compressor.networks import NetworkSpec, build_classifier
+from compressor.performance import Performance
+from compressor.ranks import Ranks, joined_ranks
+from compressor.ranks_limits import refuse_on_ranks
+from compressor.recipe_file import parse_recipe
+from compressor.student import Student
+from compressor.teacher import Teacher
+
+ROOT = Path(__file__).parents[2]
+SPEC = NetworkSpec(architecture="tiny", num_classes=10, image_shape=(1, 8, 8), width=0.5)
+NUM_IMAGES, NUM_STEPS = 7, 3
+BOTH = ("clean", "robust")
+METHODS = {
+    "adaad": ("robust",),
+    "ard": ("robust",),
+    "bmtard": (*BOTH, "robust"),
+    "ciard": BOTH,
+    "cross_entropy": (),
+    "darht": BOTH,
+    "distillation": ("clean",),
+    "iad": ("robust",),
+    "mtard": BOTH,
+    "pgd_at": (),
+    "rslad": ("robust",),
+    "trades": (),
+}
+WITHOUT_ATTACK = ("cross_entropy", "distillation")
+AT_ONCE = {
+    "ciard": {"teacher_from_fraction": 0.0, "teacher_learning_rate": 0.05},
+    "darht": {"adversarial_share": 0.7, "distil_from": 0.0, "labels_until": 0.0},
+    "iad": {"begin_fraction": 0.0},
+}
+
+
+# The part of the script ------------------------------------------------------------------------
+
+
+def recipe_of(name):
+    attack = {} if name in WITHOUT_ATTACK else {"attack": {"num_steps": 2, "step_size_pixels": "8/255"}}
+    return parse_recipe(
+        {
+            "name": name,
+            "threat": {"epsilon_pixels": "16/255"},
+            "data": {"source": "digits", "validation_size": 100},
+            "student": {"architecture": "tiny"},
+            "teachers": [{"role": role, "source": role} for role in METHODS[name]],
+            "method": {"name": name, **attack, **AT_ONCE.get(name, {})},
+        },
+        origin="the test",
+    )
+
+
+def make_teacher(role, seed):
+    network = build_classifier(SPEC, seed=seed).double()
+    with torch.no_grad():
+        network.backbone.fc.weight.mul_(10 * seed)  # surer than a network at random
+    facts = {"spec": SPEC, "num_parameters": 1, "num_classes": 10, "sha256": "", "num_bytes": 0}
+    return Teacher(name=role, role=role, answer=network, network=network, **facts)
+
+
+def batch_of(step, ranks):
+    """This rank's part of a batch that does not divide."""
+    images = torch.rand(
+        NUM_IMAGES, 1, 8, 8, generator=torch.Generator().manual_seed(step), dtype=torch.float64
+    )
+    ids = torch.arange(NUM_IMAGES)
+    keys = 1000 * ids + 77 * step + 5
+    own = ranks.part(NUM_IMAGES)
+    shard = Shard(ranks=ranks, num_images=NUM_IMAGES, key=keys[:1])
+    return Batch(
+        x_NCHW=images[own],
+        y_N=(3 * ids + step)[own] % 10,
+        index_N=ids[own],
+        keys_N=keys[own],
+        shard=shard if ranks.num_ranks > 1 else None,
+    )
+
+
+def take_steps(name, ranks):
+    """What was logged in some steps of SGD, and the weights, statistics and copies after them."""
+    recipe, threat = recipe_of(name), recipe_of(name).threat.build()
+    teachers = [make_teacher(role, seed) for seed, role in enumerate(METHODS[name], 1)]
+    method = build_method(recipe.method, threat=threat, teachers=teachers, num_steps=100)
+    network = build_classifier(SPEC, seed=9)
+    if recipe.method.has_teacher_map:
+        add_teacher_map(network, num_classes=10, num_teachers=len(teachers), seed=0)
+    if ranks.num_ranks > 1:
+        share_batch_norm(network, ranks)
+    student = Student(network.double(), Performance(device=torch.device("cpu"), ranks=ranks))
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
+    state, rows = method.initial_state(), []
+    for step in range(NUM_STEPS):
+        moment = Moment(fraction=0.2 + 0.1 * step)
+        result, state = method.step(student, batch_of(step, ranks), state, moment)
+        optimizer.zero_grad(set_to_none=True)
+        result.loss.backward()
+        ranks.sum_gradients(network.parameters())
+        optimizer.step()
+        rows.append(dict(result.logged))
+    kept = {**network.state_dict(), **method.tensors()}
+    sums = {n: [float(t.double().sum()), float(t.double().norm())] for n, t in kept.items()}
+    return {"rows": rows, "sums": sums}
+
+
+def main():
+    torch.set_num_threads(1)
+    with joined_ranks(torch.device("cpu")) as ranks:
+        found = {name: take_steps(name, ranks) for name in METHODS}
+        agreed = [ranks.largest(ranks.rank), ranks.sum_in_place(torch.ones(2)).tolist()]
+    Path(sys.argv[1]).joinpath(f"{ranks.rank}.json").write_text(json.dumps([found, agreed]))
+
+
+# The part of the tests -------------------------------------------------------------------------
+
+
+def environment(rank=None, *, num_ranks=2, port=0):
+    own = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    if rank is None:
+        return own
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": 2}
+    own |= {name: str(value) for name, value in place.items()}
+    return own | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def of_two(tmp_path_factory):
+    """What each of two processes found."""
+    folder, port = tmp_path_factory.mktemp("two"), free_port()
+    processes = [
+        subprocess.Popen([sys.executable, __file__, folder], env=environment(rank, port=port))
+        for rank in range(2)
+    ]
+    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.workflow
+@pytest.mark.parametrize("name", METHODS)
+def test_two_processes_learn_what_one_learns(name, of_two):
+    """In float64, so that nothing but the arithmetic is left; a batch of 3 and 4 images."""
+    first, second = (found[name] for found, _ in of_two)
+    assert first == second  # to the last bit
+    alone = json.loads(json.dumps(take_steps(name, Ranks())))
+    for ours, theirs in zip(first["rows"], alone["rows"], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-9, abs=1e-12)
+    for tensor, sums in alone["sums"].items():
+        assert first["sums"][tensor] == pytest.approx(sums, rel=1e-8, abs=1e-10), tensor
+
+
+@pytest.mark.workflow
+def test_ranks_agree(of_two):
+    assert [agreed for _, agreed in of_two] == [[1, [2.0, 2.0]]] * 2
+
+
+@pytest.mark.parametrize(("num_items", "num_ranks"), [(0, 3), (1, 3), (7, 2), (128, 3)])
+def test_parts_are_all_and_even(num_items, num_ranks):
+    parts = [
+        list(range(num_items))[Ranks(rank=rank, num_ranks=num_ranks).part(num_items)]
+        for rank in range(num_ranks)
+    ]
+    assert sum(parts, []) == list(range(num_items))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("ciard", {"teacher_statistics": "batch"}, "teacher_statistics"),
+        ("darht", {"teacher_mode": "dropout"}, "teacher_mode"),
+    ],
+)
+def test_what_takes_whole_batches_is_refused(name, settings, message):
+    recipe = recipe_of(name)
+    method = recipe.method.model_copy(update=settings)
+    recipe = recipe.model_copy(update={"method": method})
+    refuse_on_ranks(recipe, num_ranks=1)
+    with pytest.raises(RecipeError, match=message):
+        refuse_on_ranks(recipe, num_ranks=2)
+
+
+RECIPE = """
+name = "ranks"
+[threat]
+epsilon_pixels = "16/255"
+[data]
+source = "digits"
+validation_size = 101
+[student]
+architecture = "tiny"
+[method]
+name = "pgd_at"
+[method.attack]
+num_steps = 1
+step_size_pixels = "16/255"
+[training]
+epochs = 4
+batch_size = 101
+learning_rate = 0.05
+[selection]
+num_steps = 1
+"""
+COMMAND = (sys.executable, "-m", "cli.main", "distill")
+OPTIONS = ("--dtype", "float32", "--no-verify", "--no-export", "--checkpoint-minutes", "0.01")
+
+
+def start(folder, *options, recipe="recipe.toml"):
+    """In a group of its own, as a shell starts it, so that Ctrl-C reaches all processes."""
+    return subprocess.Popen(
+        [*COMMAND, recipe, *OPTIONS, *options],
+        cwd=folder,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def ended(process):
+    out, _ = process.communicate(timeout=180)
+    return process.returncode, out
+
+
+def children_of(pid):
+    listed = subprocess.run(
+        ["ps", "-o", "pid=", "--ppid", str(pid)], stdout=subprocess.PIPE, text=True
+    )
+    return [int(word) for word in listed.stdout.split()]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    (folder / "recipe.toml").write_text(RECIPE)
+    assert ended(start(folder, "--out", "undisturbed", "--nproc", "2"))[0] == 0
+    return folder
+
+
+def wait_for(condition, process):
+    until = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, ended(process)
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def checkpoints_of(run):
+    return sorted(path.name for path in (run / "checkpoints").glob("step-*"))
+
+
+@pytest.mark.workflow
+def test_a_killed_process_brings_the_run_back_from_its_checkpoint(folder):
+    run = folder / "killed"
+    process = start(folder, "--out", "killed", "--nproc", "2")
+    wait_for(lambda: len(checkpoints_of(run)) > 1, process)
+    workers = [pid for pid in children_of(process.pid) if "spawn_main" in command_of(pid)]
+    os.kill(workers[-1], signal.SIGKILL)
+    code, out = ended(process)
+    assert code == 0, out
+    assert (run / "model.safetensors").read_bytes() == (
+        folder / "undisturbed" / "model.safetensors"
+    ).read_bytes()
+
+
+def command_of(pid):
+    return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+
+
+@pytest.mark.workflow
+def test_an_interruption_is_one_for_all_and_another_number_goes_on(folder):
+    run = folder / "stopped"
+    process = start(folder, "--out", "stopped", "--nproc", "2")
+    wait_for(lambda: len(checkpoints_of(run)) > 1, process)
+    os.killpg(process.pid, signal.SIGINT)
+    code, out = ended(process)
+    assert code == 130, out
+    assert out.count("everything is saved") == 1
+    assert "robust-compress distill stopped --resume" in out
+    assert "--nproc 2" in out
+    assert ended(start(folder, "--resume", recipe="stopped"))[0] == 0
+    first, last = (json.loads(line) for line in metrics_of(run, [0, -1]))
+    assert (first["step"], last["epoch"]) == (1, 4)
+
+
+def metrics_of(run, places):
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [lines[place] for place in places]
+
+
+@pytest.mark.workflow
+def test_own_images_want_the_same_number_of_processes(folder):
+    changed = RECIPE.replace("[training]", '[training]\nbatch_norm = "own_images"')
+    (folder / "own.toml").write_text(changed.replace("epochs = 4", "epochs = 1"))
+    assert ended(start(folder, "--out", "own", "--nproc", "2", recipe="own.toml"))[0] == 0
+    code, out = ended(start(folder, "--resume", recipe="own"))
+    assert code == 4
+    assert "began with 2" in " ".join(out.split())
+
+
+if __name__ == "__main__":
+    main()
