@@ -112,8 +112,6 @@ def distill(
         command="distill",
     )
     run = run_training(recipe, options, output)
-    if not is_first():
-        return
     _finish(run.path, output, settings, do_verify=do_verify, do_export=do_export)
 
 
@@ -137,13 +135,14 @@ def _finish(
 
     run = RunDirectory.open(run_path)
     result: dict[str, object] = {"run": str(run.path), "model": str(run.model)}
-    if do_export:
+    if do_export and is_first():
         result["onnx"] = export_fp32(run, settings=settings, output=output)
     if do_verify:
         request = VerificationRequest(
             target=str(run.path), settings=settings, attacks=PAPER_ATTACKS
         )
-        report, _ = run_verify(request, output)
-        result["report"] = report.model_dump(mode="json")
+        found = run_verify(request, output)
+        if found is not None:
+            result["report"] = found[0].model_dump(mode="json")
     output.result(result)
     output.next_command(f"robust-compress verify {run.path}")

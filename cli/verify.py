@@ -6,8 +6,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cli.options import DeviceOption, JsonOption, ProviderOption, ThreadsOption
+from cli.options import (
+    DeviceOption,
+    JsonOption,
+    ProcessesOption,
+    ProviderOption,
+    ThreadsOption,
+)
 from cli.output import Output
+from cli.processes import run_in_processes
 from compressor.errors import ExitCode, InterruptedRunError, UsageError
 
 if TYPE_CHECKING:
@@ -76,6 +83,7 @@ def verify(
     ] = None,
     provider: ProviderOption = "cpu",
     threads: ThreadsOption = None,
+    nproc: ProcessesOption = 1,
     as_json: JsonOption = False,
 ) -> None:
     """Attack a model on test images and write report.json, .md, .html and samples.csv.
@@ -95,6 +103,8 @@ def verify(
 
     `robust-compress verify FILE.engine --manifest-sha256 HASH --data imagefolder:DATA`
     """
+    if nproc > 1:
+        raise typer.Exit(run_in_processes(nproc, num_restarts=0))
     from cli.bundle import is_bundle, verify_bundle_folder
 
     output = Output(as_json=as_json)
@@ -130,7 +140,10 @@ def verify(
         seed=seed,
         folder=out,
     )
-    report, files = run_verify(request, output)
+    found = run_verify(request, output)
+    if found is None:
+        return
+    report, files = found
     output.result(report.model_dump(mode="json"))
     output.next_command(_next(report, files, request))
     if report.status != "verified":
@@ -139,22 +152,25 @@ def verify(
 
 def run_verify(
     request: "VerificationRequest", output: Output
-) -> "tuple[RobustnessReport, ReportFiles]":
-    """Verify with a live display and print the tables.
+) -> "tuple[RobustnessReport, ReportFiles] | None":
+    """Verify with a live display and print the tables; None in all processes but the first.
 
     Raises:
         InterruptedRunError: after Ctrl-C.
     """
     from cli.verification_display import verification_display
-    from compressor.verification_workflow import verify as run
+    from compressor.verification_workflow import verify_together
 
     try:
         with verification_display(output) as observe:
-            report, files = run(request, observe=observe, tell=lambda text: _tell(text, output))
+            found = verify_together(request, observe=observe, tell=lambda text: _tell(text, output))
     except KeyboardInterrupt:
         raise InterruptedRunError(
             "interrupted; what is finished is kept: the same command goes on from there"
         ) from None
+    if found is None:
+        return None
+    report, files = found
     _print_report(report, output)
     output.say(f"\nReport: {files.html}, {files.markdown.name}, {files.json.name}")
     output.say(f"Every image: {files.samples}")

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from compressor.errors import RunError
 
+_Value = TypeVar("_Value")
 _PATIENCE = timedelta(minutes=30)
 """For a rank that does not come: the first one may be writing to a slow disk."""
 
@@ -85,6 +86,14 @@ class Ranks:
         found = torch.tensor(number)
         dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.control)
         return int(found)
+
+    def gather(self, value: _Value) -> list[_Value]:
+        """What each rank has to say, in their order; the hosts wait."""
+        if self.num_ranks == 1:
+            return [value]
+        found: list[Any] = [None] * self.num_ranks
+        dist.all_gather_object(found, value, group=self.control)
+        return found
 
     def wait(self) -> None:
         """Until all ranks have come so far."""

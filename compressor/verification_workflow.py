@@ -9,6 +9,7 @@ from compressor.attacks.gradients import in_parts
 from compressor.attacks.stages import is_autoattack, protocol_of
 from compressor.errors import BudgetSpentError, RunError
 from compressor.metrics import read_metrics
+from compressor.ranks import ALONE, Ranks, joined_ranks
 from compressor.reports.files import ReportFiles
 from compressor.reports.html import write_html
 from compressor.reports.markdown import to_markdown
@@ -28,6 +29,7 @@ from compressor.verification.cascade import Subject
 from compressor.verification.doubt import artefact_facts, check_verification
 from compressor.verification.epsilon_curve import accuracy_curve
 from compressor.verification.gallery import choose_gallery, first_images
+from compressor.verification.journal import Journal
 from compressor.verification.progress import VerificationProgress
 from compressor.verification.request import Prepared, VerificationRequest, prepare
 from compressor.verification.rows import (
@@ -62,14 +64,52 @@ def verify(
         RobustCompressError: if the target or the data cannot be used.
     """
     prepared = prepare(request)
-    journal = prepared.journal()
+    report = _verify(prepared, ALONE, observe=observe, tell=tell)
+    assert report is not None  # noqa: S101 (the one rank is the first)
+    return report
+
+
+def verify_together(
+    request: VerificationRequest,
+    *,
+    observe: Callable[[VerificationProgress], None] = lambda _: None,
+    tell: Callable[[str], None] = lambda _: None,
+) -> tuple[RobustnessReport, ReportFiles] | None:
+    """As `verify`, with those processes that the environment speaks of; the same table of samples.
+
+    Returns:
+        What `verify` returns, in the first process; None in the others.
+
+    Raises:
+        RunError: if another process ends; else as `verify`.
+    """
+    prepared = prepare(request)
+    with joined_ranks(prepared.performance.device) as ranks:
+        return _verify(prepared, ranks, observe=observe, tell=tell)
+
+
+def _verify(
+    prepared: Prepared,
+    ranks: Ranks,
+    *,
+    observe: Callable[[VerificationProgress], None],
+    tell: Callable[[str], None],
+) -> tuple[RobustnessReport, ReportFiles] | None:
+    own = prepared.journal() if ranks.is_first else Journal.in_memory()
+    known = ranks.gather(own.outcomes)[0]
+    journal = own if ranks.is_first else Journal.with_outcomes(known)
     found: Verification | None = None
     with prepared.subject() as subject:
         try:
-            for known in attack_chunks(
-                subject, prepared.split, prepared.plan, journal=journal, observe=observe
+            for found in attack_chunks(  # noqa: B007 (the last one is needed)
+                subject,
+                prepared.split,
+                prepared.plan,
+                journal=journal,
+                observe=observe,
+                ranks=ranks,
             ):
-                found = known
+                pass
         except BudgetSpentError as error:
             if found is None:
                 raise BudgetSpentError(
@@ -77,6 +117,8 @@ def verify(
                     "is finished is kept: run the same command again, or give --batch-size a "
                     "smaller number"
                 ) from None
+        if not ranks.is_first:
+            return None
         assert found is not None  # noqa: S101
         report, files = conclude(prepared, subject, found, tell=tell)
     if found.is_complete:

@@ -8,7 +8,7 @@ another verification does not continue it.
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -40,6 +40,16 @@ class Journal:
     def in_memory(cls) -> Self:
         """One that is lost with the process."""
         return cls(None, {})
+
+    @property
+    def outcomes(self) -> tuple[Outcome, ...]:
+        """All that is known."""
+        return tuple(self._outcomes.values())
+
+    @classmethod
+    def with_outcomes(cls, outcomes: Iterable[Outcome]) -> Self:
+        """One that is lost with the process, and knows these."""
+        return cls(None, {(o.chunk, o.stage): o for o in outcomes})
 
     def get(self, chunk: int, stage: str) -> Outcome | None:
         """What is known of this stage of this chunk."""

@@ -7,16 +7,18 @@ budget ends are a fair part of all. Always eval mode and un-augmented; float32 d
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
 
 from compressor.attacks.stages import Form, Stage
 from compressor.data import Batch, TestSplit, evaluation_batches
-from compressor.errors import BudgetSpentError
+from compressor.errors import BudgetSpentError, InvalidEvaluationError, RobustCompressError
 from compressor.folding import EvaluationView
 from compressor.performance import Performance
 from compressor.randomness import Stream, sample_keys, uniform
+from compressor.ranks import ALONE, Ranks
 from compressor.sample_order import proportional_order
 from compressor.verification.cascade import (
     Found,
@@ -83,8 +85,12 @@ def attack_chunks(
     *,
     journal: Journal,
     observe: Callable[[VerificationProgress], None] = lambda _: None,
+    ranks: Ranks = ALONE,
 ) -> Iterator[Verification]:
     """What is known after each chunk. Finished stages are in the journal and are not run again.
+
+    Several ranks take a chunk each and tell one another, so that all know all; what is known then
+    grows by that many chunks.
 
     Raises:
         BudgetSpentError: when `max_seconds` are over; the chunk it was in does not count.
@@ -102,18 +108,25 @@ def attack_chunks(
 
     watched = subject.watched(tick)
     outcomes: list[Outcome] = []
-    batches = evaluation_batches(split, batch_size=plan.batch_size, seed=plan.seed, order_N=order_N)
-    for chunk, batch in enumerate(batches):
-        places = torch.arange(len(batch.y_N), device=batch.y_N.device) + chunk * plan.batch_size
-        work = _Chunk(number=chunk, batch=batch, places=places, plan=plan)
-        outcomes += _attack_chunk(work, watched, samples=samples, journal=journal, meter=meter)
-        num_done = int(places[-1]) + 1
+    chunks = _chunks(split, order_N, plan)
+    num_done = 0
+    known = _Known(samples=samples, journal=journal, meter=meter)
+    while together := list(islice(chunks, ranks.num_ranks)):
+        outcomes += _attack_together(together, watched, known, ranks)
+        num_done += sum(len(chunk.places) for chunk in together)
         yield Verification(
             samples=samples[:num_done],
             gallery=[entry for outcome in outcomes for entry in outcome.gallery],
             outcomes=tuple(outcomes),
             num_planned=len(samples),
         )
+
+
+def _chunks(split: TestSplit, order_N: Tensor, plan: VerificationPlan) -> "Iterator[_Chunk]":
+    batches = evaluation_batches(split, batch_size=plan.batch_size, seed=plan.seed, order_N=order_N)
+    for number, batch in enumerate(batches):
+        places = torch.arange(len(batch.y_N), device=batch.y_N.device) + number * plan.batch_size
+        yield _Chunk(number=number, batch=batch, places=places, plan=plan)
 
 
 def verification_order(split: TestSplit, *, seed: int) -> Tensor:
@@ -142,24 +155,51 @@ class _Chunk:
         return part, self.places[rows_M]
 
 
-def _attack_chunk(
-    chunk: _Chunk,
-    subject: Subject,
-    *,
-    samples: Sequence[Sample],
-    journal: Journal,
-    meter: Meter,
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Known:
+    """Where outcomes are written down, in place."""
+
+    samples: Sequence[Sample]
+    journal: Journal
+    meter: Meter
+
+    def take(self, outcome: Outcome) -> None:
+        if self.journal.get(outcome.chunk, outcome.stage) is None:
+            self.journal.add(outcome)
+        take_outcomes(self.samples, [outcome])
+        self.meter.done(outcome)
+
+
+def _attack_together(
+    chunks: Sequence[_Chunk], subject: Subject, known: _Known, ranks: Ranks
 ) -> list[Outcome]:
+    """Each rank its own chunk, if there is one for it; then all know of all, of errors too."""
+    own: list[Outcome] = []
+    error: RobustCompressError | None = None
+    try:
+        for chunk in chunks[ranks.rank : ranks.rank + 1]:
+            own = _attack_chunk(chunk, subject, known)
+    except (BudgetSpentError, InvalidEvaluationError) as caught:
+        error = caught
+    outcomes: list[Outcome] = []
+    for place, (theirs, their_error) in enumerate(ranks.gather((own, error))):
+        if their_error is not None:
+            raise their_error
+        for outcome in theirs if place != ranks.rank else ():
+            known.take(outcome)
+        outcomes += theirs
+    return outcomes
+
+
+def _attack_chunk(chunk: _Chunk, subject: Subject, known: _Known) -> list[Outcome]:
     outcomes = []
     for name, stage in [(CLEAN_STAGE, None), *((s.name, s) for s in chunk.plan.stages)]:
-        tried_M = _tried(chunk, stage, samples)
-        outcome = journal.get(chunk.number, name)
+        tried_M = _tried(chunk, stage, known.samples)
+        outcome = known.journal.get(chunk.number, name)
         if outcome is None:
-            with meter.stage(name, num_tried=len(tried_M)):
-                outcome = _run(chunk, stage, subject, tried_M, samples=samples)
-            journal.add(outcome)
-        take_outcomes(samples, [outcome])
-        meter.done(outcome)
+            with known.meter.stage(name, num_tried=len(tried_M)):
+                outcome = _run(chunk, stage, subject, tried_M, samples=known.samples)
+        known.take(outcome)
         outcomes.append(outcome)
     return outcomes
 

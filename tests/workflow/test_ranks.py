@@ -59,7 +59,9 @@ AT_ONCE = {
 
 
 def recipe_of(name):
-    attack = {} if name in WITHOUT_ATTACK else {"attack": {"num_steps": 2, "step_size_pixels": "8/255"}}
+    attack = (
+        {} if name in WITHOUT_ATTACK else {"attack": {"num_steps": 2, "step_size_pixels": "8/255"}}
+    )
     return parse_recipe(
         {
             "name": name,
@@ -324,6 +326,22 @@ def test_own_images_want_the_same_number_of_processes(folder):
     code, out = ended(start(folder, "--resume", recipe="own"))
     assert code == 4
     assert "began with 2" in " ".join(out.split())
+
+
+@pytest.mark.workflow
+def test_verification_finds_the_same_of_every_image(folder):
+    """Three and two chunks; the second process has fewer of them."""
+    common = ["--attacks", "pgd_sat,square", "--samples", "50", "--batch-size", "10"]
+    tables = []
+    for place, options in ((".", ("--nproc", "2")), ("one", ("--threads", "1"))):
+        command = [*COMMAND[:-1], "verify", "undisturbed", *common, *options, "--out", place]
+        done = subprocess.run(
+            command, cwd=folder, env=environment(), capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("VERIFIED") == 1
+        tables.append((folder / place / "samples-50-pgd_sat-square.csv").read_text())
+    assert tables[0] == tables[1]
 
 
 if __name__ == "__main__":
