@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from compressor.closed_table import ClosedTable, Count, Pixels
+from compressor.closed_table import ClosedTable, Count, Pixels, UnitFraction
 
 NONE, ONE, SOME = range(1), range(1, 2), range(1, 65)
 """Numbers of teachers."""
@@ -65,9 +65,19 @@ class InnerAttackRecipe(ClosedTable):
     """None: a quarter of epsilon, as 2/255 is of 8/255."""
     start: Literal["gaussian", "uniform", "zero"] = "gaussian"
     """`gaussian` has standard deviation 0.001; `uniform` fills the ball."""
+    first_num_steps: Count | None = None
+    """Begin the run with so many steps, larger ones that reach as far, and take one more at a time;
+    None: all from the beginning."""
+    full_from: UnitFraction = 0.8
+    """With `first_num_steps`: all `num_steps` from this fraction of the run on."""
 
     def problems(self, *, epsilon_pixels: float) -> list[str]:
         """Whether its steps reach the border of the ball, in words that begin with the key."""
+        if self.first_num_steps is not None and self.first_num_steps > self.num_steps:
+            return [
+                f"method.attack.first_num_steps {self.first_num_steps} is above num_steps "
+                f"{self.num_steps}, to which it grows"
+            ]
         step_size_pixels = self.step_size_pixels or epsilon_pixels / 4
         reach = self.num_steps * step_size_pixels
         if reach >= epsilon_pixels:

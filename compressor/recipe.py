@@ -201,6 +201,9 @@ def portable_dict(recipe: Recipe) -> dict[str, Any]:
         del table["data"]["training_size"]
     if table["training"]["schedule"].get("idle_fraction") == 0:
         del table["training"]["schedule"]["idle_fraction"]
+    attack = table["method"].get("attack")
+    if attack is not None and attack["first_num_steps"] is None:
+        del attack["first_num_steps"], attack["full_from"]
     if recipe.training.batch_norm == "whole_batch":
         del table["training"]["batch_norm"]
     table["data"]["source"] = recipe.data.source.partition(":")[0]

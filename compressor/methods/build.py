@@ -1,7 +1,7 @@
 """From the method table of a recipe to a method."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -28,6 +28,7 @@ from compressor.methods.ciard import CIARD, Drops, Push, Retraining
 from compressor.methods.cross_entropy import CrossEntropy
 from compressor.methods.darht import DARHT
 from compressor.methods.distillation import Distillation
+from compressor.methods.growing import Attacking, growing
 from compressor.methods.iad import IAD
 from compressor.methods.mtard import MTARD
 from compressor.methods.pgd_at import PGDAT
@@ -55,6 +56,20 @@ def build_method(
         TeacherError: if a teacher only answers, and the method needs its gradients.
     """
     _refuse_mere_answers(recipe, teachers)
+    method = _build(recipe, threat=threat, teachers=teachers, num_steps=num_steps)
+    attack = getattr(recipe, "attack", None)
+    if attack is None or attack.first_num_steps is None:
+        return method
+    return growing(
+        cast("Attacking", method),
+        first_num_steps=attack.first_num_steps,
+        full_from=attack.full_from,
+    )
+
+
+def _build(
+    recipe: MethodRecipe, *, threat: ThreatModel, teachers: Sequence[Teacher], num_steps: int
+) -> Method[Any]:
     if isinstance(recipe, _OneTeacherRecipe):
         return _build_with_one_teacher(recipe, threat=threat, teachers=teachers)
     if isinstance(recipe, BMTARDRecipe):

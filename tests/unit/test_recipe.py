@@ -214,6 +214,8 @@ CHANGES = {
     "method.attack.num_steps": "7",
     "method.attack.step_size_pixels": "3/255",
     "method.attack.start": "zero",
+    "method.attack.first_num_steps": "5",
+    "method.attack.full_from": None,  # says nothing alone; see test_growing.py
     "training.epochs": "3",
     "training.batch_size": "64",
     "training.learning_rate": "0.05",
@@ -226,6 +228,7 @@ CHANGES = {
     "training.schedule.idle_fraction": "0.01",
     "training.ema_decay": "0.999",
     "training.gradient_clip_norm": "1.0",
+    "training.batch_norm": "own_images",
     "selection.every_epochs": "2",
     "selection.from_fraction": "0.5",
     "selection.num_steps": "10",
