@@ -7,7 +7,7 @@ BIN := .venv/bin
 RUN ?= runs/cifar10-small
 
 .PHONY: help install install-dev demo test lint types contracts evidence evidence-cifar10 \
-  evidence-export bench bench-verify cifar10-small clean
+  evidence-export gpu-check bench bench-verify cifar10-small clean
 
 help:
 	@sed -n '2,3s/^#   //p' Makefile
@@ -16,6 +16,7 @@ help:
 	@echo 'make evidence-export CIFAR10=folder RUN=folder   exported files of a run, each attacked itself'
 	@echo 'make bench     one B-MTARD step against the authors'"'"' manner -> docs/results/'
 	@echo 'make bench-verify CIFAR10=folder TEACHERS=folder   AutoAttack, ours and theirs'
+	@echo 'make gpu-check on a machine with a GPU: tests, an engine, a benchmark -> gpu-check.md'
 	@echo 'make cifar10-small CIFAR10=folder TEACHERS=folder [RUN=folder]'
 
 .venv/installed: pyproject.toml
@@ -91,6 +92,9 @@ bench-verify: install-dev .venv/torchattacks
 	$(BIN)/python tests/bench/bench_verify.py --model '$(ROBUST_TEACHER)' --name robust-teacher \
 	  --data 'imagefolder:$(CIFAR10)' --images 100 --chunk 50 \
 	  --engines 'ours, fast' pyautoattack --write docs/results/bench-verify-teacher.md
+
+gpu-check: install-dev
+	$(BIN)/python tests/device/gpu_check.py --write gpu-check.md
 
 cifar10-small: install
 	$(NEEDS_CIFAR10)

@@ -45,7 +45,7 @@ SPEC = NetworkSpec(architecture="resnet18", width=1.0, num_classes=10, image_sha
 
 def authors_step(x: Tensor, y: Tensor) -> Callable[[], None]:
     """The released script's step, written down plainly."""
-    student, clean, robust = (build_classifier(SPEC, seed=seed) for seed in range(3))
+    student, clean, robust = (build_classifier(SPEC, seed=s).to(x.device) for s in range(3))
     clean.eval(), robust.eval()
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1, momentum=0.9, weight_decay=2e-4)
 
@@ -101,7 +101,7 @@ def our_step(x: Tensor, y: Tensor, performance: Performance) -> Callable[[], Non
     optimizer = torch.optim.SGD(
         student.network.parameters(), lr=0.1, momentum=0.9, weight_decay=2e-4
     )
-    index_N = torch.arange(BATCH_SIZE)
+    index_N = torch.arange(BATCH_SIZE, device=x.device)
     batch = Batch(
         x_NCHW=x.contiguous(memory_format=torch.channels_last),
         y_N=y,
@@ -136,18 +136,20 @@ def _teacher(role: str, seed: int, performance: Performance) -> Teacher:
     )
 
 
-def measure(num_rounds: int) -> dict[str, object]:
+def measure(num_rounds: int, *, device: str) -> dict[str, object]:
     """Seconds of both steps, one of each in turn, after one warm-up of each."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.rand(BATCH_SIZE, 3, 32, 32, generator=generator)
-    y = torch.randint(0, 10, (BATCH_SIZE,), generator=generator)
-    performance = resolve_performance(PerformanceSettings(device="cpu"))
+    performance = resolve_performance(PerformanceSettings(device=device))
+    x = torch.rand(BATCH_SIZE, 3, 32, 32, generator=generator).to(performance.device)
+    y = torch.randint(0, 10, (BATCH_SIZE,), generator=generator).to(performance.device)
     steps = {"authors": authors_step(x, y), "ours": our_step(x, y, performance)}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(num_rounds + 1):
         for name, step in steps.items():
             started_at_seconds = time.perf_counter()
             step()
+            if performance.device.type == "cuda":
+                torch.cuda.synchronize(performance.device)
             if number:
                 seconds[name].append(time.perf_counter() - started_at_seconds)
     ratios = [a / b for a, b in zip(seconds["authors"], seconds["ours"], strict=True)]
@@ -202,10 +204,11 @@ def _markdown(with_units: dict, without: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--write", type=Path)
     options = parser.parse_args()
-    result = measure(options.rounds)
+    result = measure(options.rounds, device=options.device)
     if options.json:
         sys.stdout.write(json.dumps(result))
         return
