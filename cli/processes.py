@@ -3,6 +3,7 @@
 A process that is killed ends the others, and all begin anew from the last checkpoint.
 """
 
+import logging
 import os
 import signal
 import sys
@@ -13,6 +14,7 @@ from compressor.errors import ExitCode, RunError, UsageError
 OPTION = "--nproc"
 _NUM_PROCESSES = "ROBUST_COMPRESS_NPROC"
 """Tells the processes that this module started them, and how many."""
+_LOUD = ("torch.distributed.elastic", "torch.multiprocessing.spawn")
 
 
 def run_in_processes(num_processes: int, *, num_restarts: int) -> int:
@@ -31,6 +33,8 @@ def run_in_processes(num_processes: int, *, num_restarts: int) -> int:
 
     if is_one_of_several():
         raise UsageError(f"{OPTION} is for commands that torchrun did not start; leave it out")
+    for name in _LOUD:
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # what they say, we say
     os.environ[_NUM_PROCESSES] = str(num_processes)
     config = LaunchConfig(
         min_nodes=1,
@@ -94,9 +98,9 @@ def is_one_of_several() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-def was_started_again() -> bool:
-    """Whether torch's launcher has begun anew, after one of its processes was killed."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+def num_restarts_until_now() -> int:
+    """How often torch's launcher has begun anew, after one of its processes was killed."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def is_first() -> bool:

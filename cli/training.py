@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cli.output import Output
-from cli.processes import is_one_of_several, option_in_use, was_started_again
+from cli.processes import is_one_of_several, num_restarts_until_now, option_in_use
 from compressor.errors import UsageError
 
 if TYPE_CHECKING:
@@ -71,7 +71,10 @@ def run_training(recipe: "Recipe", options: TrainingOptions, output: Output) -> 
     from compressor.training_workflow import TrainingRequest, train
 
     out = options.out or Path("runs") / f"{recipe.name}-{recipe.recipe_id[:8]}"
-    has_begun = was_started_again() and RunDirectory(out).resolved_recipe.is_file()
+    restart = num_restarts_until_now()
+    if restart:
+        output.say(f"A process was killed; all go on from the last checkpoint (restart {restart})")
+    has_begun = restart > 0 and RunDirectory(out).resolved_recipe.is_file()
     request = TrainingRequest(
         out=out,
         settings=options.settings,

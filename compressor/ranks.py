@@ -18,6 +18,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+from torch.distributed.rendezvous import rendezvous
 
 from compressor.errors import RunError
 
@@ -109,8 +111,12 @@ def num_ranks_of_environment() -> int:
 
 
 @contextmanager
-def joined_ranks(device: torch.device) -> Iterator[Ranks]:
+def joined_ranks(device: torch.device, *, purpose: str) -> Iterator[Ranks]:
     """The ranks that the environment speaks of, from `torchrun`; one where it speaks of none.
+
+    Args:
+        device: of this rank.
+        purpose: a name that no other meeting of these processes has.
 
     Raises:
         RunError: if another rank ends while this one waits for it.
@@ -121,10 +127,19 @@ def joined_ranks(device: torch.device) -> Iterator[Ranks]:
     is_cuda = device.type == "cuda"
     if is_cuda:
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if is_cuda else "gloo", timeout=_PATIENCE)
+    store, rank, num_ranks = next(rendezvous("env://", timeout=_PATIENCE))
+    # The launcher keeps its store over restarts, with the addresses of those who are gone.
+    meeting = f"{purpose}, attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    dist.init_process_group(
+        "nccl" if is_cuda else "gloo",
+        store=PrefixStore(meeting, store),
+        rank=rank,
+        world_size=num_ranks,
+        timeout=_PATIENCE,
+    )
     control = dist.new_group(backend="gloo", timeout=_PATIENCE) if is_cuda else None
     try:
-        yield Ranks(rank=dist.get_rank(), num_ranks=dist.get_world_size(), control=control)
+        yield Ranks(rank=rank, num_ranks=num_ranks, control=control)
     except RuntimeError as error:
         if _LOST.search(str(error)):
             raise RunError(

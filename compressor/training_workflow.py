@@ -80,7 +80,7 @@ def train(
     run = RunDirectory.open(request.out) if request.resume else RunDirectory.vacant(request.out)
     settings = as_it_began(run, request.settings) if request.resume else request.settings
     performance = resolve_performance(settings)
-    with joined_ranks(performance.device) as ranks:
+    with joined_ranks(performance.device, purpose="training") as ranks:
         performance = dataclasses.replace(performance, ranks=ranks)
         refuse_on_ranks(recipe, num_ranks=ranks.num_ranks)
         data = _load_data(recipe, settings, performance, download=request.download)

@@ -84,7 +84,7 @@ def verify_together(
         RunError: if another process ends; else as `verify`.
     """
     prepared = prepare(request)
-    with joined_ranks(prepared.performance.device) as ranks:
+    with joined_ranks(prepared.performance.device, purpose="verification") as ranks:
         return _verify(prepared, ranks, observe=observe, tell=tell)
 
 

@@ -21,7 +21,8 @@ BOUNDS = (1.0, 10.0)
 teachers_with_entropy = st.lists(
     st.tuples(temperatures, negative_entropies), min_size=1, max_size=6
 )
-rows = st.lists(st.tuples(fractions, losses, losses), min_size=1, max_size=4)
+weights = st.just(0.0) | st.floats(1e-9, 1)  # halves of the least float are 0
+rows = st.lists(st.tuples(weights, losses, losses), min_size=1, max_size=4)
 """Weight before, first loss and loss of the teachers of a role."""
 
 

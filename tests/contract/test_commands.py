@@ -56,13 +56,14 @@ source = "teacher.safetensors"
 POLICY = "schema = 1\n[clean]\nmin_accuracy = 0.01\n"
 
 TRAINING = """--set --out --resume --device --dtype --threads --checkpoint-minutes --keep-every
-    --memory-mib --workers --download --json --help"""
+    --memory-mib --workers --nproc --restarts --download --json --help"""
 OPTIONS = {
     "": "--version --help --install-completion --show-completion",
     "distill": f"""RECIPE_PATH --data --clean-teacher --robust-teacher --student {TRAINING}
         --accept-teachers --verify --no-verify --export --no-export""",
     "verify": """TARGET --source --data --attacks --mode --epsilon --norm --samples --max-seconds
-        --batch-size --seed --out --device --dtype --threads --provider --manifest-sha256
+        --batch-size --seed --out --device --dtype --threads --nproc --provider
+        --manifest-sha256
         --public-key --json --help""",
     "gate": """TARGET --policy --baseline --inconclusive --out --junit --sarif --summary --live
         --samples --max-seconds --data --device --threads --plan --assume --json --help""",
