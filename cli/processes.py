@@ -14,7 +14,11 @@ from compressor.errors import ExitCode, RunError, UsageError
 OPTION = "--nproc"
 _NUM_PROCESSES = "ROBUST_COMPRESS_NPROC"
 """Tells the processes that this module started them, and how many."""
-_LOUD = ("torch.distributed.elastic", "torch.multiprocessing.spawn")
+_LOUD = (
+    "torch.distributed.elastic",
+    "torch.distributed.elastic.agent.server.api",
+    "torch.multiprocessing.spawn",
+)
 
 
 def run_in_processes(num_processes: int, *, num_restarts: int) -> int:
@@ -72,8 +76,11 @@ def call_main(arguments: Sequence[str]) -> int:
     try:
         main()
     except SystemExit as end:
-        return int(end.code or 0)
-    return 0
+        code = int(end.code or 0)
+    if code in {ExitCode.INTERRUPTED, ExitCode.TERMINATED}:
+        sys.stdout.flush()
+        os._exit(code)  # or it would wait for the launcher, which waits for it
+    return code
 
 
 def without_option(arguments: Sequence[str]) -> list[str]:

@@ -15,19 +15,26 @@ from pathlib import Path
 import pytest
 import torch
 
-from compressor.architectures.shared_batch_norm import share_batch_norm
+from compressor.architectures.shared_batch_norm import average_statistics, share_batch_norm
 from compressor.architectures.teacher_map import add_teacher_map
 from compressor.data import Batch, Shard
-from compressor.errors import RecipeError
+from compressor.errors import CheckpointError, RecipeError
 from compressor.methods.build import build_method
 from compressor.methods.protocol import Moment
 from compressor.networks import NetworkSpec, build_classifier
 from compressor.performance import Performance
+from compressor.performance_settings import PerformanceSettings
 from compressor.ranks import Ranks, joined_ranks
 from compressor.ranks_limits import refuse_on_ranks
 from compressor.recipe_file import parse_recipe
+from compressor.run_directory import RunDirectory, read_facts
+from compressor.run_facts import refuse_changed_facts
 from compressor.student import Student
 from compressor.teacher import Teacher
+from compressor.verification.journal import Journal
+from compressor.verification.request import VerificationRequest, prepare
+from compressor.verification.samples import write_csv
+from compressor.verification.verification import attack_chunks
 
 ROOT = Path(__file__).parents[2]
 SPEC = NetworkSpec(architecture="tiny", num_classes=10, image_shape=(1, 8, 8), width=0.5)
@@ -318,30 +325,58 @@ def metrics_of(run, places):
     return [lines[place] for place in places]
 
 
-@pytest.mark.workflow
 def test_own_images_want_the_same_number_of_processes(folder):
-    changed = RECIPE.replace("[training]", '[training]\nbatch_norm = "own_images"')
-    (folder / "own.toml").write_text(changed.replace("epochs = 4", "epochs = 1"))
-    assert ended(start(folder, "--out", "own", "--nproc", "2", recipe="own.toml"))[0] == 0
-    code, out = ended(start(folder, "--resume", recipe="own"))
-    assert code == 4
-    assert "began with 2" in " ".join(out.split())
+    """Else their number is a matter of speed, and not even noted."""
+    run = RunDirectory(folder / "undisturbed")
+    facts = read_facts(run)
+    assert "num_processes" not in facts
+    refuse_changed_facts(run, facts)
+    with pytest.raises(CheckpointError, match="with 2 processes: .* began with None; .* --nproc"):
+        refuse_changed_facts(run, facts | {"num_processes": 2})
+
+
+def test_statistics_of_own_images_are_averaged():
+    network = build_classifier(SPEC, seed=0)
+    layers = [m for m in network.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    for layer in layers:
+        layer.running_mean.fill_(3.0)
+    average_statistics(network, TwiceTheSame(num_ranks=2))
+    assert all(bool((layer.running_mean == 3.0).all()) for layer in layers)
+    average_statistics(network, TwiceTheSame(num_ranks=4))
+    assert all(bool((layer.running_mean == 1.5).all()) for layer in layers)
+
+
+class TwiceTheSame(Ranks):
+    """Ranks, two of which hold the same and the others zeros."""
+
+    def sum_in_place(self, values):
+        return values.mul_(2)
 
 
 @pytest.mark.workflow
 def test_verification_finds_the_same_of_every_image(folder):
     """Three and two chunks; the second process has fewer of them."""
-    common = ["--attacks", "pgd_sat,square", "--samples", "50", "--batch-size", "10"]
-    tables = []
-    for place, options in ((".", ("--nproc", "2")), ("one", ("--threads", "1"))):
-        command = [*COMMAND[:-1], "verify", "undisturbed", *common, *options, "--out", place]
-        done = subprocess.run(
-            command, cwd=folder, env=environment(), capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("VERIFIED") == 1
-        tables.append((folder / place / "samples-50-pgd_sat-square.csv").read_text())
-    assert tables[0] == tables[1]
+    options = ["--attacks", "pgd_sat,square", "--samples", "50", "--batch-size", "10"]
+    command = [*COMMAND[:-1], "verify", "undisturbed", *options, "--nproc", "2"]
+    done = subprocess.run(
+        command, cwd=folder, env=environment(), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("VERIFIED") == 1
+    request = VerificationRequest(
+        target=str(folder / "undisturbed"),
+        settings=PerformanceSettings(device="cpu", num_threads=1),
+        attacks=("pgd_sat", "square"),
+        num_images=50,
+        batch_size=10,
+    )
+    prepared = prepare(request)
+    journal = Journal.in_memory()
+    with prepared.subject() as subject:
+        *_, found = attack_chunks(subject, prepared.split, prepared.plan, journal=journal)
+    alone = folder / "alone.csv"
+    write_csv(alone, found.samples, [stage.name for stage in prepared.stages])
+    assert alone.read_text() == prepared.files.samples.read_text()
 
 
 if __name__ == "__main__":
