@@ -15,6 +15,7 @@ from cli.export import export
 from cli.gate import gate
 from cli.installation import refuse_overwritten_installation
 from cli.output import print_bug, print_error
+from cli.plan import plan
 from cli.recipe import check
 from cli.teacher import train_teacher
 from cli.teacher_rank import rank_teachers
@@ -31,6 +32,7 @@ app = typer.Typer(
 teacher_app = typer.Typer(no_args_is_help=True, help="Train teachers, and choose among them.")
 recipe_app = typer.Typer(no_args_is_help=True, help="Look at recipes.")
 
+app.command()(plan)
 app.command()(distill)
 app.command()(verify)
 app.command()(gate)

@@ -131,7 +131,7 @@ def fit(training: Training, state: TrainState) -> TrainState:
         _save(training, state)
     while state.epoch < recipe.training.epochs:
         state = _train_epoch(training, state)
-        if _is_validation_due(training, state):
+        if is_validation_due(training, state.epoch):
             state = _select(training, state)
         _save(training, state)
         _stop_if_wished(training, state)
@@ -145,7 +145,7 @@ def _train_epoch(training: Training, state: TrainState) -> TrainState:
     saved_at_seconds = time.monotonic()
     for batch, seconds in _timed(_batches(training, state)):
         started_at_seconds = time.perf_counter()
-        values, method_state = _train_step(training, batch, state)
+        values, method_state = take_step(training, batch, state)
         seconds += time.perf_counter() - started_at_seconds
         state = replace(
             state,
@@ -165,9 +165,15 @@ def _train_epoch(training: Training, state: TrainState) -> TrainState:
     return replace(state, epoch=state.epoch + 1, batch_in_epoch=0)
 
 
-def _train_step(
+def take_step(
     training: Training, batch: Batch, state: TrainState
 ) -> tuple[dict[str, float], object]:
+    """One step, in place: what is logged of it, and the method's next state.
+
+    Raises:
+        NonFiniteLossError: if the loss is not finite; the step is not taken.
+        TeacherError: if that is a teacher's fault.
+    """
     optimizer, recipe = training.tensors.optimizer, training.recipe
     progress = Progress(
         epoch=state.epoch,
@@ -219,15 +225,13 @@ def _update_average(tensors: TrainedTensors, *, decay: float) -> None:
             target.copy_(value)
 
 
-def _is_validation_due(training: Training, state: TrainState) -> bool:
-    """`state.epoch` epochs are done; the last one is always measured."""
+def is_validation_due(training: Training, num_epochs_done: int) -> bool:
+    """Whether candidates are measured after so many epochs; after the last one they are."""
     selection, epochs = training.recipe.selection, training.recipe.training.epochs
-    if state.epoch == epochs:
+    if num_epochs_done == epochs:
         return True
-    return (
-        state.epoch >= selection.from_fraction * epochs
-        and state.epoch % selection.every_epochs == 0
-    )
+    is_late_enough = num_epochs_done >= selection.from_fraction * epochs
+    return is_late_enough and num_epochs_done % selection.every_epochs == 0
 
 
 def _select(training: Training, state: TrainState) -> TrainState:

@@ -59,6 +59,8 @@ TRAINING = """--set --out --resume --device --dtype --threads --checkpoint-minut
     --memory-mib --workers --nproc --restarts --download --json --help"""
 OPTIONS = {
     "": "--version --help --install-completion --show-completion",
+    "plan": """RECIPE_PATH --data --clean-teacher --robust-teacher --out --set --device --dtype
+        --threads --memory-mib --workers --download --json --help""",
     "distill": f"""RECIPE_PATH --data --clean-teacher --robust-teacher --student {TRAINING}
         --accept-teachers --verify --no-verify --export --no-export""",
     "verify": """TARGET --source --data --attacks --mode --epsilon --norm --samples --max-seconds

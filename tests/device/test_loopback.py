@@ -46,7 +46,7 @@ from compressor.selection import measure_on_validation
 from compressor.student import Student
 from compressor.teacher import Teacher
 from compressor.threat import ThreatModel
-from compressor.trainer import Training, _train_step, trained_tensors
+from compressor.trainer import Training, take_step, trained_tensors
 from compressor.training_workflow import TrainingRequest, train
 from compressor.verification.journal import Journal
 from compressor.verification.request import VerificationRequest
@@ -571,7 +571,7 @@ def do_steps(run, training, *, name, num_steps):
     batches = augmented(training.data)
     for step in range(1, num_steps + 1):
         with run.noted(name):
-            values, method_state = _train_step(training, next(batches), state)
+            values, method_state = take_step(training, next(batches), state)
         state = replace(state, step=step, method_state=method_state)
         run.keep(name, torch.tensor(list(values.values()), dtype=torch.float64))
     run.keep(f"{name} weights", *training.student.network.state_dict().values())
