@@ -165,6 +165,13 @@ def test_an_image_stands_only_after_attacks_in_float32():
     assert forms["transfer"] == "answer"
 
 
+@pytest.mark.parametrize("name", ["apgd_ce", "apgd_dlr", "fab_t", "square"])
+def test_without_apgd_t_nothing_searches_in_fewer_bits(name):
+    """Square alone, in bfloat16, left 5 points more of a ResNet-18 standing than in float32."""
+    assert build(names=("fgsm", name))[name].runs_on == "float32"
+    assert build(names=(name, "apgd_t"))[name].runs_on != "float32"
+
+
 def test_compat_attacks_what_answers():
     stages = build("compat", names=AUTOATTACK)
     assert {stage.runs_on for stage in stages.values()} == {"answer"}
