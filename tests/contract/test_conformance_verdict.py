@@ -97,7 +97,9 @@ def check_float32_decides():
         return logits_NK - 0.05 * top_NK
 
     subject = Subject(answer=exact.answer, float32=exact.float32, search_dtype=timid)
-    stages = stages_of(("apgd_dlr",), threat=case.threat)
+    # Before APGD-T it searches in fewer bits; on its own it would not.
+    stages = stages_of(("apgd_dlr", "apgd_t"), threat=case.threat)[:1]
+    assert stages[0].runs_on == "search_dtype"
     stands_N = standing(evaluate(subject, case.split, stages))
     missed_N = stands_N & (case.lead_over_most_N < 0.9)  # nearer to 1 the search is off the way
     assert not missed_N.any(), f"{int(missed_N.sum())} of {len(missed_N)} images flatter"
