@@ -13,6 +13,7 @@ from typing import cast
 import torch
 from torch import Tensor, fx, nn
 
+from compressor.convolution import arrange_convolutions
 from compressor.performance import Performance
 
 
@@ -33,7 +34,10 @@ class EvaluationView:
 
     def __init__(self, network: nn.Module, performance: Performance) -> None:
         self._performance = performance
-        self._module, self._pairs = _fold_graph(network)
+        frozen = copy.deepcopy(network).eval()
+        if performance.has_matrix_units:
+            arrange_convolutions(frozen)
+        self._module, self._pairs = _fold_graph(frozen, originals=dict(network.named_modules()))
         self._module.requires_grad_(False)  # noqa: FBT003 (torch's signature)
         folded = {id(t) for pair in self._pairs for t in pair.folded.parameters()}
         originals: dict[str, Tensor] = dict(network.named_parameters(remove_duplicate=False))
@@ -63,13 +67,22 @@ class EvaluationView:
         return logits_NK.to(x_NCHW.dtype)
 
 
-def _fold_graph(network: nn.Module) -> tuple[nn.Module, list[_FoldedPair]]:
-    frozen = copy.deepcopy(network).eval()
+class _Tracer(fx.Tracer):
+    """Takes what is like a layer of torch for one layer, as torch's own."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        is_layer = isinstance(m, nn.Conv2d | nn.BatchNorm2d)
+        return is_layer or super().is_leaf_module(m, module_qualified_name)
+
+
+def _fold_graph(
+    frozen: nn.Module, *, originals: dict[str, nn.Module]
+) -> tuple[nn.Module, list[_FoldedPair]]:
+    """A graph of `frozen`, which may change, and where its weights come from."""
     try:
-        traced = fx.symbolic_trace(frozen)
+        traced = fx.GraphModule(frozen, _Tracer().trace(frozen))
     except (fx.proxy.TraceError, TypeError, RuntimeError):
         return frozen, []
-    originals = dict(network.named_modules())
     targets = [str(node.target) for node in traced.graph.nodes if node.op == "call_module"]
     num_calls = Counter(id(originals[target]) for target in targets)
     pairs = []

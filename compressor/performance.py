@@ -32,6 +32,11 @@ class Performance:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.training_dtype)
 
+    @property
+    def has_matrix_units(self) -> bool:
+        """Whether training multiplies in bfloat16 on a CPU, in whose order of work it matters."""
+        return self.device.type == "cpu" and self.training_dtype == torch.bfloat16
+
     def place_network(self, network: nn.Module) -> nn.Module:
         """The same module on the device, its 4-D weights in the layout convolutions like."""
         return network.to(device=self.device).to(memory_format=torch.channels_last)

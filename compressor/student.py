@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from compressor.architectures.teacher_map import find_teacher_map
 from compressor.attacks.protocol import Model
+from compressor.convolution import arrange_convolutions
 from compressor.folding import EvaluationView
 from compressor.performance import Performance
 
@@ -26,6 +27,8 @@ class Student:
 
     def __init__(self, network: nn.Module, performance: Performance) -> None:
         self.network = performance.place_network(network).train()
+        if performance.has_matrix_units:
+            arrange_convolutions(self.network)
         self.performance = performance
         self._view = EvaluationView(self.network, performance)
         self._head = find_teacher_map(self.network)
