@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from compressor.convolution import conv2d
 from compressor.onnx_gradients import FLOAT_TYPES
 from compressor.onnx_graph import NoPlainGraphError, OnnxNode
 from compressor.quantization import quantize
@@ -24,14 +25,14 @@ Operator = Callable[..., Any]
 def _conv(node: OnnxNode, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     _refuse(node, weight.dim() != 4, "is not two-dimensional")
     x, padding = _padded(node, x, value=0.0)
-    return F.conv2d(
+    return conv2d(
         x,
         weight,
         bias,
         stride=node.attributes.get("strides", [1, 1]),
         padding=padding,
         dilation=node.attributes.get("dilations", [1, 1]),
-        groups=node.attributes.get("group", 1),
+        num_groups=node.attributes.get("group", 1),
     )
 
 
