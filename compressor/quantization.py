@@ -9,6 +9,8 @@ for conditional computation", 2013; Jacob et al., "Quantization and training of 
 efficient integer-arithmetic-only inference", CVPR 2018.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -27,8 +29,9 @@ class FakeQuantize(nn.Module):
         self.scale = scale
 
     def forward(self, x: Tensor) -> Tensor:
-        """Values on the grid, shape of `x`."""
-        return torch.fake_quantize_per_tensor_affine(x, self.scale, 0, INT8_MIN, INT8_MAX)
+        """Values on the grid, shape and format of `x`."""
+        rounded: Tensor = _OnGrid.apply(x, self.scale)
+        return rounded
 
     def extra_repr(self) -> str:
         """For people."""
@@ -77,5 +80,50 @@ def quantize(x: Tensor, scale: Tensor | float) -> Tensor:
 
     `scale` must broadcast against `x`. The rounding is straight-through.
     """
-    steps = (x / scale).clamp(INT8_MIN, INT8_MAX)
-    return steps + (steps.round() - steps).detach()
+    steps: Tensor = _Steps.apply(x, scale)
+    return steps
+
+
+# torch.fake_quantize_per_tensor_affine takes 4 to 9 times as long on a CPU, and multiplies by the
+# inverse of the scale, which rounds ties to the other side than the runtimes do.
+
+
+def _steps(x: Tensor, scale: Tensor | float) -> Tensor:
+    """In float32 at least: in bfloat16 the quotient itself would be rounded to half steps."""
+    quotient = x.to(torch.promote_types(x.dtype, torch.float32)) / scale
+    return quotient.round_().clamp_(INT8_MIN, INT8_MAX)
+
+
+def _inside(slope: Tensor, x: Tensor, scale: Tensor | float) -> Tensor:
+    """The slope where `x` does not saturate, 0 elsewhere."""
+    if isinstance(scale, Tensor):
+        x, scale = x / scale, 1.0
+    low, high = (INT8_MIN - 0.5) * scale, (INT8_MAX + 0.5) * scale
+    kept: Tensor = torch.ops.aten.hardtanh_backward(slope, x, low, high)
+    return kept
+
+
+class _Steps(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor | float) -> Tensor:  # noqa: ANN401 (torch's)
+        ctx.save_for_backward(x)
+        ctx.scale = scale
+        return _steps(x, scale)
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None]:  # noqa: ANN401
+        (x,) = ctx.saved_tensors
+        return _inside(slope, x, ctx.scale).to(x.dtype) / ctx.scale, None
+
+
+class _OnGrid(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: float) -> Tensor:  # noqa: ANN401
+        ctx.save_for_backward(x)
+        ctx.scale = scale
+        return _steps(x, scale).mul_(scale).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None]:  # noqa: ANN401
+        (x,) = ctx.saved_tensors
+        return _inside(slope, x, ctx.scale), None
