@@ -8,6 +8,7 @@ import typer
 from cli.options import (
     AcceptOption,
     CheckpointOption,
+    CompileOption,
     DeviceOption,
     DownloadOption,
     DtypeOption,
@@ -54,6 +55,7 @@ def distill(
     resume: ResumeOption = False,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
+    compile_networks: CompileOption = "auto",
     threads: ThreadsOption = None,
     checkpoint_minutes: CheckpointOption = 10.0,
     keep_every: KeepOption = None,
@@ -88,6 +90,7 @@ def distill(
     settings = performance_settings(
         device=device,
         dtype=dtype,
+        compile_networks=compile_networks,
         num_threads=threads,
         checkpoint_minutes=checkpoint_minutes,
         keep_every=keep_every,

@@ -23,6 +23,10 @@ DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 DtypeOption = Annotated[
     str, typer.Option("--dtype", help="Format of training: auto, float32 or bfloat16.")
 ]
+CompileOption = Annotated[
+    str,
+    typer.Option("--compile", help="Compile the networks: auto (in long runs), on or off."),
+]
 ThreadsOption = Annotated[
     int | None, typer.Option("--threads", min=1, max=1024, help="CPU threads [default: all cores].")
 ]

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cli.options import (
+    CompileOption,
     DeviceOption,
     DownloadOption,
     DtypeOption,
@@ -36,6 +37,7 @@ def plan(
     overrides: SetOption = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
+    compile_networks: CompileOption = "auto",
     threads: ThreadsOption = None,
     memory_mib: MemoryOption = 4096,
     workers: WorkersOption = None,
@@ -60,6 +62,7 @@ def plan(
     settings = performance_settings(
         device=device,
         dtype=dtype,
+        compile_networks=compile_networks,
         num_threads=threads,
         memory_mib=memory_mib,
         num_workers=workers,

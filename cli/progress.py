@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from compressor.metrics import CandidateValidated, Event, StepDone, TrainingStarted
 
 _PLAIN_LINE_EVERY_SECONDS = 30.0
+_COMPILING = "compiling in the first step"
 
 
 @contextmanager
@@ -82,7 +83,8 @@ class _LiveTraining:
         self._steps_per_epoch = event.num_steps // event.num_epochs
         done = event.step
         self._total = self._progress.add_task("all", total=event.num_steps, completed=done, note="")
-        self._epoch = self._progress.add_task("epoch", total=self._steps_per_epoch, note="")
+        note = _COMPILING if event.is_compiled else ""
+        self._epoch = self._progress.add_task("epoch", total=self._steps_per_epoch, note=note)
 
     def _advance(self, event: "StepDone") -> None:
         if self._total is None or self._epoch is None:
@@ -113,6 +115,8 @@ class _PlainTraining:
                 f"{event.name}: {event.num_parameters:,} parameters, {event.num_epochs} epochs, "
                 f"{event.num_steps} steps, {event.step} of them done"
             )
+            if event.is_compiled:
+                self._output.say(_COMPILING)
         elif isinstance(event, metrics.StepDone):
             self._maybe_print(event)
         elif isinstance(event, metrics.CandidateValidated):

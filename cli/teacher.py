@@ -7,6 +7,7 @@ import typer
 
 from cli.options import (
     CheckpointOption,
+    CompileOption,
     DeviceOption,
     DownloadOption,
     DtypeOption,
@@ -41,6 +42,7 @@ def train_teacher(
     resume: ResumeOption = False,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
+    compile_networks: CompileOption = "auto",
     threads: ThreadsOption = None,
     checkpoint_minutes: CheckpointOption = 10.0,
     keep_every: KeepOption = None,
@@ -76,6 +78,7 @@ def train_teacher(
         settings=performance_settings(
             device=device,
             dtype=dtype,
+            compile_networks=compile_networks,
             num_threads=threads,
             checkpoint_minutes=checkpoint_minutes,
             keep_every=keep_every,

@@ -36,6 +36,7 @@ def performance_settings(
     device: str,
     dtype: str,
     num_threads: int | None,
+    compile_networks: str = "auto",
     checkpoint_minutes: float = 10.0,
     keep_every: int | None = None,
     memory_mib: int = 4096,
@@ -44,7 +45,7 @@ def performance_settings(
     """Settings from options.
 
     Raises:
-        UsageError: if the format is not one of the three.
+        UsageError: if the format, or whether to compile, is not one of three words.
     """
     from compressor.performance_settings import PerformanceSettings
 
@@ -52,8 +53,11 @@ def performance_settings(
         raise UsageError(f"--checkpoint-minutes {checkpoint_minutes} is not a number of minutes")
     if dtype not in {"auto", "float32", "bfloat16"}:
         raise UsageError(f"--dtype {dtype!r} is not one of auto, float32, bfloat16")
+    if compile_networks not in {"auto", "on", "off"}:
+        raise UsageError(f"--compile {compile_networks!r} is not one of auto, on, off")
     return PerformanceSettings(
         device=device,
+        compile=compile_networks,  # type: ignore[arg-type]
         training_dtype=dtype,  # type: ignore[arg-type]
         num_threads=num_threads,
         checkpoint_every_minutes=checkpoint_minutes,
@@ -98,6 +102,7 @@ def _resume_command(out: Path, options: TrainingOptions) -> str:
     given = {
         "--device": settings.device if settings.device != "auto" else None,
         "--dtype": settings.training_dtype if settings.training_dtype != "auto" else None,
+        "--compile": settings.compile if settings.compile != "auto" else None,
         "--threads": settings.num_threads,
         "--nproc": option_in_use(),
         "--keep-every": settings.keep_every_epochs,

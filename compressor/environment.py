@@ -33,6 +33,7 @@ def describe_environment(performance: Performance) -> dict[str, Any]:
         "processor": processor_name(),
         "device": device_name(performance.device),
         "number_format": str(performance.training_dtype).removeprefix("torch."),
+        "is_compiled": performance.compiled_batch_size is not None,
         "num_threads": torch.get_num_threads(),
         "num_processes": num_ranks_of_environment(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),

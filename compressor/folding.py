@@ -13,6 +13,7 @@ from typing import cast
 import torch
 from torch import Tensor, fx, nn
 
+from compressor.compilation import compiled
 from compressor.convolution import arrange_convolutions
 from compressor.performance import Performance
 
@@ -50,6 +51,7 @@ class EvaluationView:
             for layer in self._module.modules():
                 if isinstance(layer, nn.Conv2d | nn.Linear):  # the layers that autocast casts
                     layer.to(performance.training_dtype)
+        self._answer = compiled(self._module, performance)
         self.refresh()
 
     @torch.no_grad()
@@ -63,7 +65,7 @@ class EvaluationView:
     def __call__(self, x_NCHW: Tensor) -> Tensor:
         """Logits [N, K]."""
         with self._performance.autocast():
-            logits_NK: Tensor = self._module(x_NCHW)
+            logits_NK = self._answer(x_NCHW)
         return logits_NK.to(x_NCHW.dtype)
 
 

@@ -17,6 +17,7 @@ from compressor.training_workflow import (
     network_spec,
     refuse_single_image_batches,
     student_network,
+    with_compilation,
 )
 
 
@@ -37,6 +38,7 @@ def forecast_run(
         download=download,
     )
     refuse_single_image_batches(recipe, data)
+    performance = with_compilation(recipe, settings, performance, data)
     teachers = load_teachers(recipe, data, performance=performance)
     method = build_method(
         recipe.method,

@@ -25,6 +25,8 @@ class TrainingStarted:
     num_steps: int
     num_epochs: int
     num_parameters: int
+    is_compiled: bool = False
+    """The first step then takes as long as many others."""
 
 
 @dataclass(frozen=True, kw_only=True)

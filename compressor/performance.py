@@ -25,6 +25,8 @@ class Performance:
     training_dtype: torch.dtype = torch.float32
     ranks: Ranks = ALONE
     """The processes that share the work."""
+    compiled_batch_size: int | None = None
+    """Images of a batch for which networks are compiled; None: they are not."""
 
     def autocast(self) -> AbstractContextManager[object]:
         """Mixed precision for the forward passes of training; nothing in float32."""

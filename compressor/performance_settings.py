@@ -12,6 +12,8 @@ class PerformanceSettings(ClosedTable):
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
     training_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """`auto`: bfloat16 autocast where the device multiplies matrices in it."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Whether networks are compiled; `auto`: in long runs, where it pays."""
     num_threads: Count | None = None
     num_workers: Count | None = None
     """Processes that decode images; None: all cores."""

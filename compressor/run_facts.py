@@ -105,6 +105,8 @@ def as_it_began(run: RunDirectory, settings: PerformanceSettings) -> Performance
     if num_threads is None and before.get("num_processes", 1) == num_ranks_of_environment():
         num_threads = before.get("num_threads")
     changes = {"training_dtype": number_format, "num_threads": num_threads}
+    if settings.compile == "auto":
+        changes["compile"] = "on" if before.get("is_compiled") else "off"
     return settings.model_copy(update=changes)
 
 

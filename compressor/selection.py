@@ -1,5 +1,7 @@
 """Clean and robust accuracy on held-out training images, to choose the best epoch by."""
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 
@@ -24,7 +26,8 @@ def measure_on_validation(
     its part of the images, and all get the counts of all.
     """
     attack = selection_attack(recipe.threat.build(), num_steps=recipe.selection.num_steps)
-    view = EvaluationView(network, performance)
+    # Compiled anew for every candidate, it would take longer than its few passes.
+    view = EvaluationView(network, replace(performance, compiled_batch_size=None))
     counts = torch.zeros(2, dtype=torch.int64, device=performance.device)
     with evaluation_mode(network):
         places_N = torch.arange(validation.num_images, device=performance.device)

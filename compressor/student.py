@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from compressor.architectures.teacher_map import find_teacher_map
 from compressor.attacks.protocol import Model
+from compressor.compilation import compiled
 from compressor.convolution import arrange_convolutions
 from compressor.folding import EvaluationView
 from compressor.performance import Performance
@@ -32,11 +33,14 @@ class Student:
         self.performance = performance
         self._view = EvaluationView(self.network, performance)
         self._head = find_teacher_map(self.network)
+        # What ranks tell each other in the middle of a pass cannot be compiled.
+        is_alone = performance.ranks.num_ranks == 1
+        self._trained = compiled(self.network, performance) if is_alone else self.network
 
     def logits(self, x_NCHW: Tensor) -> Tensor:
         """Train-mode logits [N, K]: BatchNorm uses and updates the statistics of this batch."""
         with self.performance.autocast():
-            logits_NK: Tensor = self.network(x_NCHW)
+            logits_NK = self._trained(x_NCHW)
         return logits_NK.to(x_NCHW.dtype)
 
     def logits_and_map(self, x_NCHW: Tensor) -> LogitsAndMap:
@@ -50,7 +54,8 @@ class Student:
         seen: list[Tensor] = []
         hook = self._head.to_map.register_forward_hook(lambda *call: seen.append(call[-1]))
         try:
-            logits_NK = self.logits(x_NCHW)
+            with self.performance.autocast():
+                logits_NK = self.network(x_NCHW).to(x_NCHW.dtype)
         finally:
             hook.remove()
         return LogitsAndMap(logits_NK, self._head.slices(seen[-1]).to(x_NCHW.dtype))

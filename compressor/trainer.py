@@ -124,6 +124,7 @@ def fit(training: Training, state: TrainState) -> TrainState:
             num_steps=training.num_steps,
             num_epochs=recipe.training.epochs,
             num_parameters=sum(p.numel() for p in training.student.network.parameters()),
+            is_compiled=training.student.performance.compiled_batch_size is not None,
         )
     )
     if state.step == 0 and not training.run.checkpoint_steps():

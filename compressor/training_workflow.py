@@ -12,6 +12,7 @@ from compressor.architectures.shared_batch_norm import share_batch_norm
 from compressor.architectures.teacher_map import add_teacher_map, merge_teacher_map
 from compressor.attacks.pgd import PGD
 from compressor.checkpoint import TrainState, load_candidate, load_checkpoint
+from compressor.compilation import batch_size_to_compile
 from compressor.curves import write_curves
 from compressor.data import Batch, TrainingData, evaluation_batches, load_training_data
 from compressor.environment import describe_environment, settings_dict
@@ -84,6 +85,7 @@ def train(
         performance = dataclasses.replace(performance, ranks=ranks)
         refuse_on_ranks(recipe, num_ranks=ranks.num_ranks)
         data = _load_data(recipe, settings, performance, download=request.download)
+        performance = with_compilation(recipe, settings, performance, data)
         teachers = load_teachers(recipe, data, performance=performance)
         method = build_method(
             recipe.method,
@@ -163,6 +165,23 @@ def _load_data(
     refuse_single_image_batches(recipe, data)
     _refuse_other_test_images(recipe, data, download=download)
     return data
+
+
+def with_compilation(
+    recipe: Recipe, settings: PerformanceSettings, performance: Performance, data: TrainingData
+) -> Performance:
+    """The same, and whether the networks of this run are compiled.
+
+    Raises:
+        DeviceError: if that was asked for and cannot be.
+    """
+    batch_size = batch_size_to_compile(
+        settings,
+        performance,
+        batch_size=recipe.training.batch_size,
+        num_steps=num_steps_of(recipe, num_images=data.train.num_images),
+    )
+    return dataclasses.replace(performance, compiled_batch_size=batch_size)
 
 
 def network_spec(recipe: Recipe, data: TrainingData) -> NetworkSpec:
