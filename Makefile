@@ -77,7 +77,7 @@ evidence-export: install
 	  --work $(RUN)/evidence --write docs/results/export-$(notdir $(RUN)).md
 
 bench: install-dev
-	$(BIN)/python tests/bench/bench_step.py --rounds 5 --write docs/results/bench-step.md
+	$(BIN)/python -m tests.bench.bench_step --rounds 5 --write docs/results/bench-step.md
 
 # torchattacks lies apart: it brings a package `robustbench` that is not RobustBench, and old pins.
 .venv/torchattacks: .venv/installed-dev

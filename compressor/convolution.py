@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 _MOST_SIDE_BY_SIDE = 16
-_CHANNELS_PER_PIXEL = 48
+_CHANNELS_PER_PIXEL, _WHERE_WEIGHTS_LEARN = 48, 24
 """Of a row of the result, from where on the copying is paid for; measured with AMX, batch 128."""
 
 
@@ -46,7 +46,8 @@ def conv2d(
     is_centred = kernel > 1 and kernel % 2 == 1 and list(padding) == [kernel // 2] * 2
     is_square = weight.shape[3] == kernel and stride[0] == stride[1]
     width_out = -(-x_NCHW.shape[3] // stride[0])
-    has_enough = num_beside > 1 and len(weight) >= _CHANNELS_PER_PIXEL * width_out
+    per_pixel = _WHERE_WEIGHTS_LEARN if weight.requires_grad else _CHANNELS_PER_PIXEL
+    has_enough = num_beside > 1 and len(weight) >= per_pixel * width_out
     if has_enough and is_centred and is_square and max(dilation) == 1 and num_groups == 1:
         return _side_by_side(x_NCHW, weight, bias_C, stride=stride[0], num_beside=num_beside)
     return F.conv2d(x_NCHW, weight, bias_C, stride, padding, dilation, num_groups)

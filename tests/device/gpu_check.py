@@ -90,7 +90,7 @@ def parts(folder: Path, *, device: str) -> list[Part]:
         ),
         Part(
             name="a B-MTARD step against the authors' manner",
-            command=[python, "tests/bench/bench_step.py", "--rounds", "5", "--device", device],
+            command=[python, "-m", "tests.bench.bench_step", "--rounds", "5", "--device", device],
         ),
     ]
 

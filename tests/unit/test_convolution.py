@@ -73,9 +73,17 @@ def test_narrow_images_of_many_channels_lie_side_by_side(monkeypatch):
         arranged(torch.rand(32, 16, 4, 4))
         arranged(torch.rand(32, 16, 5, 5))
         arranged(torch.rand(31, 16, 4, 4))
+        arranged[0].weight.requires_grad = False
+        arranged(torch.rand(32, 16, 5, 5))
     arranged(torch.rand(32, 16, 4, 4))
     shapes = [tuple(shape) for shape in widths]
-    assert shapes == [(2, 16, 4, 80), (32, 16, 5, 5), (31, 16, 4, 4), (32, 16, 4, 4)]
+    assert shapes == [
+        (2, 16, 4, 80),
+        (2, 16, 5, 96),  # the gradient of the weights gains most
+        (31, 16, 4, 4),
+        (32, 16, 5, 5),
+        (32, 16, 4, 4),
+    ]
 
 
 @pytest.mark.parametrize("bias", [True, False])
