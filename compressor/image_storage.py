@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from compressor.allocator import give_freed_memory_back
 from compressor.image_cache import cached_images
 from compressor.image_decoding import ImageArray, ImageFiles
 from compressor.image_sources import ImageSource
@@ -53,6 +54,7 @@ class StreamedImages:
     def batches(self, positions: Iterable[Tensor]) -> Iterator[Tensor]:
         """See `ImageStorage`."""
         batches = list(positions)
+        give_freed_memory_back()  # the workers are forked
         flat = iter(torch.cat(batches).tolist()) if batches else iter(())  # one read-back an epoch
         loader = DataLoader(
             _BatchDataset(self.images),
