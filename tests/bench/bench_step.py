@@ -56,9 +56,12 @@ PRODUCTS = ((1024, 1024, 1024), (4096, 4096, 4096), (8192, 1024, 1024), (8192, 2
 """Rows, columns and length of the sums."""
 
 
-def spec(architecture: str, width: float) -> NetworkSpec:
+def spec(architecture: str, width: float, side_pixels: int = 32) -> NetworkSpec:
     return NetworkSpec(
-        architecture=architecture, width=width, num_classes=10, image_shape=(3, 32, 32)
+        architecture=architecture,
+        width=width,
+        num_classes=10,
+        image_shape=(3, side_pixels, side_pixels),
     )
 
 
@@ -67,19 +70,21 @@ class Case:
     student: NetworkSpec
     teacher: NetworkSpec
     """Of both."""
+    batch_size: int = BATCH_SIZE
+    num_attack_steps: int = NUM_STEPS
 
     @property
     def num_operations(self) -> float:
-        """Multiplications and additions of a step; a backward pass to images or to weights as one.
+        """Multiplications and additions of a step.
 
-        Ten times forwards and back to the images; two passes that train, forwards and back to the
-        images and the weights; two passes of a teacher.
+        Attack steps go forwards and back to the images; two passes that train also back to the
+        weights; two passes of a teacher forwards.
         """
         student, teacher = (
-            2 * count_multiply_adds(build_classifier(s, seed=0), s.image_shape) * BATCH_SIZE
+            2 * count_multiply_adds(build_classifier(s, seed=0), s.image_shape) * self.batch_size
             for s in (self.student, self.teacher)
         )
-        return student * (2 * NUM_STEPS + 2 * 3) + 2 * teacher
+        return student * (2 * self.num_attack_steps + 2 * 3) + 2 * teacher
 
 
 CASES: Mapping[str, Case] = {
@@ -109,7 +114,7 @@ def authors_manner(case: Case, x: Tensor, y: Tensor) -> Manner:
     def attack() -> Tensor:
         student.eval()
         x_adv = x + 0.001 * torch.randn_like(x)
-        for _ in range(NUM_STEPS):
+        for _ in range(case.num_attack_steps):
             x_adv.requires_grad_()
             loss = F.cross_entropy(student(x_adv), y)
             gradient = torch.autograd.grad(loss, [x_adv])[0]
@@ -152,7 +157,11 @@ def our_manner(case: Case, x: Tensor, y: Tensor, performance: Performance) -> Ma
                 _teacher(case, "robust", seed=2, performance=performance),
             ]
         ),
-        attack=build_inner_attack(InnerAttackRecipe(), threat=threat, objective=cross_entropy),
+        attack=build_inner_attack(
+            InnerAttackRecipe(num_steps=case.num_attack_steps),
+            threat=threat,
+            objective=cross_entropy,
+        ),
         loss_scale=0.1,
         temperature_rate=0.001,
         temperature_bounds=(1.0, 10.0),
@@ -161,7 +170,7 @@ def our_manner(case: Case, x: Tensor, y: Tensor, performance: Performance) -> Ma
     optimizer = torch.optim.SGD(
         student.network.parameters(), lr=0.1, momentum=0.9, weight_decay=2e-4
     )
-    index_N = torch.arange(BATCH_SIZE, device=x.device)
+    index_N = torch.arange(len(x), device=x.device)
     batch = Batch(
         x_NCHW=x.contiguous(memory_format=torch.channels_last),
         y_N=y,
@@ -225,8 +234,8 @@ class Worker:
 
 def _serve(line: Connection, case: Case, way: str, device: str) -> None:
     generator = torch.Generator().manual_seed(0)
-    x = torch.rand(BATCH_SIZE, 3, 32, 32, generator=generator).to(device)
-    y = torch.randint(0, 10, (BATCH_SIZE,), generator=generator).to(device)
+    x = torch.rand(case.batch_size, *case.student.image_shape, generator=generator).to(device)
+    y = torch.randint(0, 10, (case.batch_size,), generator=generator).to(device)
     performance = None if way == "authors" else _performance(device, is_compiled=way == "ours")
     manner = (
         authors_manner(case, x, y) if performance is None else our_manner(case, x, y, performance)
