@@ -88,6 +88,10 @@ def _run_app() -> None:
         raise UsageError(f"{error.format_message()} See --help") from None
 
 
+_NO_ROOM = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
+"""Full, or a limit on files or on their owner."""
+
+
 def main() -> None:
     """Run the app; known errors end with their exit code, anything else is a bug of ours."""
     try:
@@ -98,7 +102,7 @@ def main() -> None:
         sys.exit(int(error.exit_code))
     except OSError as error:  # a full disk, a folder that may not be written
         place = f"{error.filename}: " if error.filename else ""
-        advice = "; make room, or choose another folder" if error.errno == errno.ENOSPC else ""
+        advice = "; make room, or choose another folder" if error.errno in _NO_ROOM else ""
         text = f"{place}{error.strerror or error}{advice}"
         print_error(RunError(text), as_json="--json" in sys.argv)
         sys.exit(int(ExitCode.KNOWN_ERROR))

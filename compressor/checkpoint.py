@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import safetensors.torch
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from compressor.errors import CheckpointError, NonFiniteLossError
@@ -76,6 +77,7 @@ def save_checkpoint(
 
     Raises:
         NonFiniteLossError: if a weight is not a finite number; such a state is never saved.
+        OSError: with the name of the checkpoint, if the disk is full.
     """
     groups = {"network": dict(tensors.network.state_dict()), "momentum": _momentum(tensors)}
     if tensors.average is not None:
@@ -88,7 +90,8 @@ def save_checkpoint(
         for group, values in groups.items():
             # Contiguous in the logical order of each tensor, wherever it lies and however.
             plain = {name: value.detach().cpu().contiguous() for name, value in values.items()}
-            save_file(plain, folder / f"{group}.safetensors")
+            # As bytes: what safetensors raises where a disk is full is no error of the system.
+            (folder / f"{group}.safetensors").write_bytes(safetensors.torch.save(plain))
         table = {
             "format_version": FORMAT_VERSION,
             "recipe_id": recipe_id,

@@ -5,12 +5,17 @@ The trainer calls one function `observe(event)`. The live display is in `cli`.
 
 import json
 import os
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
+from tensorboard.compat.proto.event_pb2 import Event as TensorBoardEvent
+from tensorboard.compat.proto.event_pb2 import SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
 
+from compressor.atomic_folder import failures_named
 from compressor.proportions import Proportion
 from compressor.run_directory import RunDirectory, write_text_atomically
 
@@ -98,10 +103,19 @@ class MetricsFile:
         text = "".join(json.dumps(line) + "\n" for line in kept)
         write_text_atomically(run.metrics, text)
         # By lines, so that a checkpoint is never ahead of the metrics of its last step.
+        self._path = run.metrics
         self._file = run.metrics.open("a", encoding="utf-8", buffering=1)
 
     def __call__(self, event: Event) -> None:
-        """Append steps and validations."""
+        """Append steps and validations.
+
+        Raises:
+            OSError: with the name of the file, if the disk is full.
+        """
+        with failures_named(self._path):
+            self._note(event)
+
+    def _note(self, event: Event) -> None:
         if isinstance(event, StepDone):
             self._write({"kind": "step", "step": event.step, "epoch": event.epoch, **event.values})
         elif isinstance(event, CandidateValidated):
@@ -112,31 +126,61 @@ class MetricsFile:
 
     def close(self) -> None:
         """Write what is buffered."""
-        self._file.close()
+        with failures_named(self._path):
+            self._file.close()
 
     def _write(self, line: Mapping[str, Any]) -> None:
         self._file.write(json.dumps(line) + "\n")
 
 
 class TensorBoardFiles:
-    """Writes the same numbers as TensorBoard events."""
+    """Writes the same numbers as TensorBoard events.
+
+    At once, and not in a thread of its own as TensorBoard's writer, whose errors come too late.
+
+    Args:
+        run: the folder.
+        step: steps done at the checkpoint; TensorBoard drops what a lost process wrote later.
+    """
 
     def __init__(self, run: RunDirectory, *, step: int) -> None:
-        self._writer = SummaryWriter(str(run.tensorboard), purge_step=step + 1)
+        self._folder = run.tensorboard
+        self._folder.mkdir(parents=True, exist_ok=True)
+        name = f"events.out.tfevents.{time.time_ns()}.{os.getpid()}"
+        self._file = (self._folder / name).open("wb")
+        self._records = RecordWriter(self._file)
+        start = SessionLog(status=SessionLog.START)
+        self._write(TensorBoardEvent(file_version="brain.Event:2"))
+        self._write(TensorBoardEvent(step=step + 1, session_log=start))
 
     def __call__(self, event: Event) -> None:
-        """Add scalars of steps and validations."""
+        """Add scalars of steps and validations.
+
+        Raises:
+            OSError: with the name of the folder, if the disk is full.
+        """
         if isinstance(event, StepDone):
-            for name, value in event.values.items():
-                self._writer.add_scalar(f"training/{name}", value, event.step)
+            values = {f"training/{name}": value for name, value in event.values.items()}
         elif isinstance(event, CandidateValidated):
-            for kind, proportion in (("clean", event.clean), ("robust", event.robust)):
-                name = f"validation_{event.candidate}/{kind}_accuracy_fraction"
-                self._writer.add_scalar(name, proportion.fraction, event.step)
+            values = {
+                f"validation_{event.candidate}/{kind}_accuracy_fraction": proportion.fraction
+                for kind, proportion in (("clean", event.clean), ("robust", event.robust))
+            }
+        else:
+            return
+        scalars = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
+        self._write(TensorBoardEvent(step=event.step, summary=Summary(value=scalars)))
+
+    def _write(self, event: TensorBoardEvent) -> None:
+        event.wall_time = time.time()
+        with failures_named(self._folder):
+            self._records.write(event.SerializeToString())
+            self._records.flush()
 
     def close(self) -> None:
-        """Write what is buffered."""
-        self._writer.close()
+        """Nothing is buffered."""
+        with failures_named(self._folder):
+            self._records.close()
 
 
 def read_metrics(run: RunDirectory) -> list[dict[str, Any]]:

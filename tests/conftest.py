@@ -1,5 +1,7 @@
 """Small things that many tests need: tiny networks, seeded images, one thread, own cache."""
 
+import resource
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -251,3 +253,19 @@ def make_report():
 
 def _count(num_correct, num_total):
     return Count.of(Proportion(num_correct=num_correct, num_total=num_total))
+
+
+@pytest.fixture
+def limited_files():
+    """A disk that is full: while the block runs, no file of this process grows beyond a size."""
+
+    @contextmanager
+    def limited(num_bytes: int):
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    return limited

@@ -218,3 +218,15 @@ def test_selected_candidate_needs_a_validation(run, make_tensors):
     save_checkpoint(run, replace(STATE, best=None), make_tensors(0), recipe_id=RECIPE_ID)
     with pytest.raises(CheckpointError, match="nothing was validated yet"):
         selected_candidate(run)
+
+
+@pytest.mark.parametrize("num_bytes", [0, 200, 3000])
+def test_full_disk_is_an_error_of_the_system_that_names_the_checkpoint(
+    run, make_tensors, limited_files, num_bytes
+):
+    save_checkpoint(run, STATE, make_tensors(0), recipe_id=RECIPE_ID)
+    with limited_files(num_bytes), pytest.raises(OSError, match="step-00000004") as caught:
+        save_checkpoint(run, replace(STATE, step=4), make_tensors(0), recipe_id=RECIPE_ID)
+    assert caught.value.strerror == "File too large"
+    assert run.checkpoint_steps() == [3]
+    assert load(run, make_tensors(5)) == STATE

@@ -3,12 +3,14 @@
 import json
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from compressor.metrics import (
     CandidateValidated,
     CheckpointSaved,
     MetricsFile,
     StepDone,
+    TensorBoardFiles,
     TrainingEnded,
     TrainingStarted,
     ValidationStarted,
@@ -113,3 +115,40 @@ def test_validation_is_repeated_where_its_epoch_was_not_saved(run):
     assert [line["kind"] for line in read_metrics(run)] == ["step", "step", "validation"]
     write(run, [], step=2, epoch=1)
     assert [line["kind"] for line in read_metrics(run)] == ["step", "step", "validation"]
+
+
+def tensorboard(run, events, *, step=0):
+    files = TensorBoardFiles(run, step=step)
+    for event in events:
+        files(event)
+    files.close()
+
+
+def test_tensorboard_shows_what_was_not_lost(run):
+    """Steps 4 and 5 came after the checkpoint of a process that was killed."""
+    tensorboard(run, steps(1, 5))
+    validated = CandidateValidated(
+        step=6,
+        epoch=1,
+        candidate="weights",
+        clean=Proportion(num_correct=9, num_total=10),
+        robust=Proportion(num_correct=5, num_total=10),
+        is_best=True,
+    )
+    tensorboard(run, [*steps(4, 6), validated], step=3)
+    found = EventAccumulator(str(run.tensorboard)).Reload()
+    losses = [(e.step, pytest.approx(e.value)) for e in found.Scalars("training/loss_nats")]
+    assert losses == [(n, n / 3) for n in range(1, 7)]
+    (robust,) = found.Scalars("validation_weights/robust_accuracy_fraction")
+    assert (robust.step, robust.value) == (6, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("make", "name"), [(MetricsFile, "metrics.jsonl"), (TensorBoardFiles, "tensorboard")]
+)
+def test_full_disk_is_an_error_that_names_the_file(run, limited_files, make, name):
+    started = {"step": 0, "epoch": 0} if make is MetricsFile else {"step": 0}
+    file = make(run, **started)
+    with limited_files(0), pytest.raises(OSError, match=f"File too large.*{name}"):
+        file(*steps(1, 1))
+    file.close()
