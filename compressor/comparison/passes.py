@@ -20,7 +20,7 @@ from compressor.networks import NetworkSpec, build_classifier
 from compressor.performance import Performance
 from compressor.randomness import Stream, sample_keys, uniform
 from compressor.recipe import Recipe
-from compressor.student import Student
+from compressor.student import LogitsAndMap, Student
 from compressor.teacher import Teacher
 from compressor.training_workflow import student_network
 
@@ -116,6 +116,10 @@ class _CountingStudent(Student):
 
     def logits(self, x_NCHW: Tensor) -> Tensor:
         return self._tally.watch(super().logits(x_NCHW))
+
+    def logits_and_map(self, x_NCHW: Tensor) -> LogitsAndMap:
+        logits_NK, map_NMK = super().logits_and_map(x_NCHW)
+        return LogitsAndMap(self._tally.watch(logits_NK), map_NMK)
 
     def evaluation_view(self) -> Model:
         return _CountedModel(super().evaluation_view(), self._tally)

@@ -55,12 +55,12 @@ source = "teacher.safetensors"
 
 POLICY = "schema = 1\n[clean]\nmin_accuracy = 0.01\n"
 
-TRAINING = """--set --out --resume --device --dtype --threads --checkpoint-minutes --keep-every
+TRAINING = """--set --out --resume --device --dtype --compile --threads --checkpoint-minutes --keep-every
     --memory-mib --workers --nproc --restarts --download --json --help"""
 OPTIONS = {
     "": "--version --help --install-completion --show-completion",
     "plan": """RECIPE_PATH --data --clean-teacher --robust-teacher --out --set --device --dtype
-        --threads --memory-mib --workers --download --json --help""",
+        --compile --threads --memory-mib --workers --download --json --help""",
     "distill": f"""RECIPE_PATH --data --clean-teacher --robust-teacher --student {TRAINING}
         --accept-teachers --verify --no-verify --export --no-export""",
     "verify": """TARGET --source --data --attacks --mode --epsilon --norm --samples --max-seconds
