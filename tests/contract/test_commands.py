@@ -55,8 +55,8 @@ source = "teacher.safetensors"
 
 POLICY = "schema = 1\n[clean]\nmin_accuracy = 0.01\n"
 
-TRAINING = """--set --out --resume --device --dtype --compile --threads --checkpoint-minutes --keep-every
-    --memory-mib --workers --nproc --restarts --download --json --help"""
+TRAINING = """--set --out --resume --device --dtype --compile --threads --checkpoint-minutes
+    --keep-every --memory-mib --workers --nproc --restarts --download --json --help"""
 OPTIONS = {
     "": "--version --help --install-completion --show-completion",
     "plan": """RECIPE_PATH --data --clean-teacher --robust-teacher --out --set --device --dtype
