@@ -90,8 +90,9 @@ def bench(
     )
     output = Output(as_json=as_json)
     with output.console.status("Opening the targets") as status:
+        from compressor.performance import num_usable_cores
         from exporters.benchmark.measurement import Plan
-        from exporters.benchmark.report import num_usable_cores, run_benchmark, write_benchmark
+        from exporters.benchmark.report import run_benchmark, write_benchmark
 
         found, left_out = _find(targets, asked)
         folder = out or _folder(targets, found)

@@ -15,6 +15,7 @@ from compressor.errors import MissingDependencyError, UsageError
 
 if TYPE_CHECKING:
     from compressor.device.build_options import BuildOptions
+    from compressor.run_directory import RunDirectory
     from exporters.bundle.bundle import WrittenBundle
     from exporters.bundle.manifest import HopFacts
     from exporters.bundle.verification import BundleVerification, FileResult
@@ -34,7 +35,9 @@ def is_bundle(target: str) -> bool:
     return is_bundle_folder(Path(target))
 
 
-def check_bundle_options(folder: Path | None, signing_key: Path | None) -> None:
+def check_bundle_options(
+    folder: Path | None, signing_key: Path | None, *, run: "RunDirectory"
+) -> None:
     """Refuse early what could not be written after minutes of work.
 
     Raises:
@@ -46,7 +49,7 @@ def check_bundle_options(folder: Path | None, signing_key: Path | None) -> None:
     if folder is not None:
         from exporters.bundle.bundle import check_bundle_request
 
-        check_bundle_request(folder, signing_key)
+        check_bundle_request(folder, signing_key, run=run)
 
 
 @contextmanager
@@ -187,9 +190,9 @@ def _print(shown: "BundleVerification", output: Output) -> None:
 def _hop(hop: "HopFacts") -> str:
     drop, num_total = hop.robust_drop, hop.robust.num_total
     return (
-        f"{hop.status}; held-out images: clean {hop.clean.num_correct} and robust "
-        f"{hop.robust.num_correct} of {num_total}, robust drop {100 * drop.fraction:.1f} points "
-        f"({100 * drop.low_95:.1f} to {100 * drop.high_95:.1f})"
+        f"{hop.status}; drop against the network under the short attack of the export "
+        f"{100 * drop.fraction:.1f} points ({100 * drop.low_95:.1f} to {100 * drop.high_95:.1f}), "
+        f"n = {num_total} held-out images"
     )
 
 

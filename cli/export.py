@@ -184,6 +184,8 @@ def export(
 
     `robust-compress export runs/mine --int8 --bundle mine-bundle`
     """
+    from dataclasses import replace
+
     from cli.bundle import bundled, check_bundle_options
     from cli.export_display import print_plan
     from cli.export_options import (
@@ -193,6 +195,7 @@ def export(
         parse_opset,
         parse_precisions,
         parse_sizes,
+        refuse_idle_engine_options,
         refuse_idle_int8,
     )
     from cli.exporting import export_engines, run_export
@@ -241,7 +244,13 @@ def export(
         )
     except DeviceError as error:
         raise UsageError(str(error)) from None
-    check_bundle_options(bundle, signing_key)
+    refuse_idle_engine_options(
+        replace(options, batch=None) if static else options,  # which is of the file
+        timing_cache=timing_cache,
+        builds="engine" in wanted,
+        bundles=bundle is not None,
+    )
+    check_bundle_options(bundle, signing_key, run=request.run)
     if dry_run:
         print_plan(request, wanted, output, fine_tunes=qat > 0, bundle=bundle)
         return

@@ -94,9 +94,11 @@ def print_plan(
     int8 = "int8-qat" if fine_tunes else "int8-mixed" if request.int8.min_kept else "int8"
     names = {precision: int8 if precision == "int8" else precision for precision in PRECISIONS}
     asked = [names[precision] for precision in PRECISIONS if precision in request.precisions]
-    paths = [str(request.run.onnx(name)) for name in dict.fromkeys(["fp32", *asked])]
-    if "engine" in formats:
-        paths += [str(request.run.build_kit), *(str(request.run.engine(name)) for name in asked)]
+    files = [request.run.onnx(name) for name in dict.fromkeys(["fp32", *asked])]
+    engines = [request.run.engine(name) for name in asked] if "engine" in formats else []
+    paths = [text for path in (*files, *engines) for text in (str(path), f"{path}.json")]
+    if engines:
+        paths.append(str(request.run.build_kit))
     paths += [] if bundle is None else [str(bundle)]
     output.title("Would write")
     for path in paths:

@@ -7,6 +7,7 @@ from compressor.errors import UsageError
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from compressor.device.build_options import BuildOptions
     from exporters.exported_model import Precision
     from exporters.request import ExportRequest, Int8Request
 
@@ -103,6 +104,35 @@ def parse_int8(method: str, kind: str, *, num_images: int, min_kept: int) -> "In
         num_images=num_images,
         min_kept=min_kept,
     )
+
+
+def refuse_idle_engine_options(
+    options: "BuildOptions", *, timing_cache: "Path | None", builds: bool, bundles: bool
+) -> None:
+    """Options of engines that would do nothing.
+
+    Raises:
+        UsageError: naming the first of them.
+    """
+    given, usual = options.to_table(), type(options)().to_table()
+    idle = [_ENGINE_OPTIONS[name] for name, value in given.items() if value != usual[name]]
+    if idle and not builds and not bundles:
+        raise UsageError(
+            f"{idle[0]} would have no effect without --trt or --bundle; add one, or leave it out"
+        )
+    if timing_cache is not None and not builds:
+        raise UsageError("--timing-cache would have no effect without --trt; leave it out")
+
+
+_ENGINE_OPTIONS = {
+    "batch": "--batch",
+    "workspace_mib": "--workspace-mib",
+    "optimization_level": "--optimization-level",
+    "tf32": "--tf32",
+    "version_compatible": "--version-compatible",
+    "hardware_compatible": "--hardware-compatible",
+    "compute_capabilities": "--compute-capability",
+}
 
 
 def refuse_idle_int8(request: "ExportRequest", *, fine_tunes: bool) -> None:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from compressor.device.onnx_session import session_options
 from compressor.errors import MissingDependencyError, WeightsError
 from compressor.onnx_graph import parse
 from compressor.onnx_limits import MAX_FILE_BYTES, holds_float16, refuse_unreasonable
@@ -28,10 +29,6 @@ from compressor.onnx_providers import (
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession, NodeArg, SessionOptions
 
-_NO_FOLDER = "/external-data-is-not-allowed"
-_LOG_NOTHING_BUT_FATAL = 4
-_CRASHES_ON_FLOAT16 = "MatmulTransposeFusion"
-"""An optimisation with which ONNX Runtime 1.31 crashes on vision transformers in float16."""
 _FLOATS, _BYTES = "tensor(float)", "tensor(uint8)"
 
 
@@ -220,25 +217,11 @@ def _open_session(
 
 def _session_options(path: Path, num_threads: int | None, *, is_float16: bool) -> "SessionOptions":
     try:
-        import onnxruntime
+        return session_options(num_threads, may_be_float16=is_float16)
     except ModuleNotFoundError as error:
         raise MissingDependencyError(
             f"reading {path} needs ONNX Runtime: pip install onnxruntime"
         ) from error
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = _LOG_NOTHING_BUT_FATAL
-    if num_threads is not None:
-        options.intra_op_num_threads = num_threads
-        options.inter_op_num_threads = 1
-    # The hash covers one file, so nothing may come from others.
-    options.add_session_config_entry(
-        "session.model_external_initializers_file_folder_path", _NO_FOLDER
-    )
-    if is_float16:
-        options.add_session_config_entry(
-            "optimization.disable_specified_optimizers", _CRASHES_ON_FLOAT16
-        )
-    return options
 
 
 def _first_line(error: Exception) -> str:

@@ -38,7 +38,8 @@ from compressor.schedules import num_steps_of
 from compressor.student import Student
 from compressor.teacher import Teacher
 from compressor.trainer import Training, fit, trained_tensors
-from compressor.training_workflow import load_teachers, writing_metrics
+from compressor.training_preparation import load_teachers
+from compressor.training_workflow import writing_metrics
 from compressor.weights import sha256_of_file
 
 ALMOST_ALL = 1 - 2**-20

@@ -29,7 +29,6 @@ from compressor.verification.cascade import Subject
 from compressor.verification.doubt import artefact_facts, check_verification
 from compressor.verification.epsilon_curve import accuracy_curve
 from compressor.verification.gallery import choose_gallery, first_images
-from compressor.verification.journal import Journal
 from compressor.verification.progress import VerificationProgress
 from compressor.verification.request import Prepared, VerificationRequest, prepare
 from compressor.verification.rows import (
@@ -95,9 +94,7 @@ def _verify(
     observe: Callable[[VerificationProgress], None],
     tell: Callable[[str], None],
 ) -> tuple[RobustnessReport, ReportFiles] | None:
-    own = prepared.journal() if ranks.is_first else Journal.in_memory()
-    known = ranks.gather(own.outcomes)[0]
-    journal = own if ranks.is_first else Journal.with_outcomes(known)
+    journal = prepared.journal(ranks)
     found: Verification | None = None
     with prepared.subject() as subject:
         try:
@@ -117,13 +114,12 @@ def _verify(
                     "is finished is kept: run the same command again, or give --batch-size a "
                     "smaller number"
                 ) from None
-        if not ranks.is_first:
-            return None
         assert found is not None  # noqa: S101
-        report, files = conclude(prepared, subject, found, tell=tell)
+        written = conclude(prepared, subject, found, tell=tell) if ranks.is_first else None
+    ranks.wait()  # for the report
     if found.is_complete:
         journal.remove()
-    return report, files
+    return written
 
 
 Looks = Literal["one", "many"]
@@ -288,12 +284,18 @@ def _status(
         )
     if all(stage.kind != "white-box" for stage in prepared.stages):
         return "unverified", "no white-box attack was run"
-    if _lacks_square(prepared) and twin is not None and twin.module is None:
-        return "unverified", (
-            f"the protocol is incomplete: {twin.reason}, so the file was attacked with images made "
-            "on its source alone, which flatter; add square, which asks the file itself, to "
-            "--attacks"
-        )
+    if twin is not None and twin.module is None:
+        through = f"{twin.reason}, so the file was attacked with images made on its source"
+        if prepared.model.rounds:
+            return "unverified", (
+                f"{through}, which flatter, and square finds too little on a file that rounds to "
+                "make up for it; export it so that it has a twin, in float32 for example"
+            )
+        if _lacks_square(prepared):
+            return "unverified", (
+                f"the protocol is incomplete: {through} alone, which flatter; add square, which "
+                "asks the file itself, to --attacks"
+            )
     if not found.is_complete:
         return "incomplete", (
             f"{ended_because} after {num_done} of {num_planned} images, a random part of them"

@@ -138,7 +138,11 @@ def _verdict(
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Comparison:
-    """Logits of both, of clean images first and of adversarial ones second."""
+    """Logits of both, of clean images first and of adversarial ones second.
+
+    Errors are measured against logits about the mean of their image: one constant on all classes
+    changes no answer and would hide them.
+    """
 
     source_2NK: Tensor
     file_2NK: Tensor
@@ -147,15 +151,16 @@ class _Comparison:
     @property
     def difference(self) -> float:
         """Largest of any logit; NaN if one is not a number."""
-        return float((self.source_2NK - self.file_2NK).abs().max())
+        return float((_centred(self.source_2NK) - _centred(self.file_2NK)).abs().max())
 
     @property
     def tolerance(self) -> float:
-        return self.limits.relative_tolerance * max(1.0, float(self.source_2NK.abs().max()))
+        largest = float(_centred(self.source_2NK).abs().max())
+        return self.limits.relative_tolerance * max(1.0, largest)
 
     @property
     def sqnr_db(self) -> float:
-        return signal_to_noise_db(self.source_2NK, self.file_2NK)
+        return signal_to_noise_db(_centred(self.source_2NK), _centred(self.file_2NK))
 
     @property
     def is_same(self) -> Tensor:
@@ -201,6 +206,10 @@ class _Comparison:
         if math.isinf(self.tolerance):
             return f"logits {self.sqnr_db:.1f} dB above their error"
         return f"largest logit difference {self.difference:.2e}, tolerance {self.tolerance:.2e}"
+
+
+def _centred(logits_2NK: Tensor) -> Tensor:
+    return logits_2NK - logits_2NK.mean(dim=2, keepdim=True)
 
 
 def signal_to_noise_db(signal: Tensor, noisy: Tensor) -> float:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -11,7 +12,7 @@ from compressor.data import TrainingData, load_training_data
 from compressor.data_identity import refuse_other_data
 from compressor.errors import CheckpointError, RunError
 from compressor.networks import Classifier, NetworkSpec, load_trained
-from compressor.onnx_model import OnnxModel
+from compressor.onnx_model import OnnxModel, load_onnx_model
 from compressor.onnx_twin import OnnxTwin
 from compressor.performance_settings import PerformanceSettings
 from compressor.proportions import Proportion
@@ -77,6 +78,10 @@ class Prepared:
     data: TrainingData
     held_out: HeldOut
     """Those that judge."""
+
+    def opened(self, path: Path) -> OnnxModel:
+        """A file of this export, run by as many threads as were asked for."""
+        return load_onnx_model(path, self.request.settings.num_threads)
 
     def choosing(self) -> HeldOut:
         """Other held-out images, on which candidates are chosen; attacked when asked for."""

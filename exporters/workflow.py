@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from compressor.errors import ArtefactMismatchError, TooLossyError
-from compressor.onnx_model import OnnxModel, load_onnx_model
+from compressor.onnx_model import OnnxModel
 from compressor.run_directory import (
     write_bytes_atomically,
     write_json_atomically,
@@ -79,7 +79,7 @@ def _float32(prepared: Prepared, *, tell: Callable[[str], None]) -> ExportedMode
     tell("fp32: writing ONNX")
     write_onnx(prepared.network, unverified, form=prepared.form, metadata=prepared.metadata())
     tell("fp32: comparing its answers")
-    model = load_onnx_model(unverified)
+    model = prepared.opened(unverified)
     shown = prove_hop(
         model, prepared.held_out, variant="fp32", twin=None, budget=prepared.request.budget
     )
@@ -91,7 +91,7 @@ def _float16(prepared: Prepared, *, tell: Callable[[str], None]) -> ExportedMode
     unverified = run.unverified_onnx("fp16")
     tell("fp16: converting and attacking")
     write_float16(run.onnx("fp32"), unverified, metadata=prepared.metadata())
-    model = load_onnx_model(unverified)
+    model = prepared.opened(unverified)
     twin = twin_of(model, held_out)
     images = (held_out.x_NCHW, held_out.x_adv_NCHW)
     shown = prove_hop(
@@ -114,7 +114,7 @@ def _int8(
         made = make_int8(prepared, float32, unverified, tell=tell)
     else:
         made = make_fine_tuned(prepared, float32, unverified, fine_tune=fine_tune, tell=tell)
-    model = load_onnx_model(unverified)
+    model = prepared.opened(unverified)
     tell("int8: attacking the file")
     shown = verify_int8(prepared, model, made.unrounded, prepared.held_out, variant=made.variant)
     return _settle(prepared, made.variant, model, shown, details=made.details(prepared))

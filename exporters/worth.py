@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from compressor.cost import Latency, measure_latencies
-from compressor.onnx_model import load_onnx_model
 from exporters.exported_model import ExportedModel
 from exporters.request import Prepared
 
-_MAX_SIZE_FRACTION = 0.5
-"""A file with more of the float32 bytes than float16 needs is not worth its rounding."""
+_MAX_SIZE_FRACTION = 0.6
+"""Of the float32 bytes: more than float16 needs, graph included, is not worth the rounding."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,12 +25,12 @@ class Worth:
     @property
     def is_small(self) -> bool:
         """Whether it saves what its precision promises."""
-        return self.size_fraction <= _MAX_SIZE_FRACTION + 0.05
+        return self.size_fraction <= _MAX_SIZE_FRACTION
 
     @property
     def is_slower(self) -> bool:
-        """Beyond the spread of both: even its fast answers are slower than the usual float32."""
-        return self.latency.low_ms > self.float32_latency.median_ms
+        """Beyond the spread of both: even its fast answers are slower than slow ones in float32."""
+        return self.latency.low_ms > self.float32_latency.high_ms
 
     def sentence(self) -> str:
         """For people."""
@@ -53,9 +52,8 @@ class Worth:
 
 def worth_of(prepared: Prepared, made: Sequence[ExportedModel]) -> list[Worth]:
     """Of every file but the first, which is float32; all are timed in turn in one run."""
-    threads = prepared.request.settings.num_threads
     models: dict[str, Callable[[Tensor], Tensor]] = {
-        exported.variant: load_onnx_model(exported.path, threads) for exported in made
+        exported.variant: prepared.opened(exported.path) for exported in made
     }
     latencies = measure_latencies(models, prepared.spec.image_shape)
     float32, *others = made

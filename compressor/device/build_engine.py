@@ -4,7 +4,7 @@
 
 Writes NAME.engine and, beside it, NAME.engine.json, which says what it is made of. An engine is
 UNVERIFIED until replay.py passes. Ends with 0; with 5 if a file was changed; with 4 for anything
-else that is wrong; with 130 after Ctrl-C, which leaves nothing behind.
+else that is wrong; with 130 after Ctrl-C, which leaves no half engine behind.
 Goes into build kits.
 """
 
@@ -94,8 +94,11 @@ def main(arguments: Sequence[str] | None = None, *, folder: Path = Path()) -> in
     except DeviceError as error:
         print(f"Error: {error}", file=sys.stderr)  # noqa: T201 (a script)
         return error.exit_code
+    except OSError as error:  # a full disk, or a folder where a file should be
+        print(f"Error: cannot write: {error}", file=sys.stderr)  # noqa: T201 (a script)
+        return DeviceError.exit_code
     except KeyboardInterrupt:
-        print("Cancelled; nothing was written.", file=sys.stderr)  # noqa: T201 (a script)
+        print("Cancelled; engines named above are complete.", file=sys.stderr)  # noqa: T201
         return 130
     print("Next: python3 replay.py")  # noqa: T201 (a script)
     return 0

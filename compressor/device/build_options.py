@@ -4,6 +4,7 @@ Goes into build kits.
 """
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -58,6 +59,16 @@ class BuildOptions:
             )
         if not 0 <= self.optimization_level <= 5:
             raise BuildError(f"optimization level {self.optimization_level} is not one of 0 to 5")
+        odd = [name for name in self.compute_capabilities if not re.fullmatch(r"SM\d+", name)]
+        if odd:
+            raise BuildError(
+                f"compute capability {odd[0]!r} is not SM and a number, such as SM89 of an RTX 4090"
+            )
+        if self.compute_capabilities and (self.version_compatible or self.hardware_compatible):
+            raise BuildError(
+                "compute capabilities are for TensorRT-RTX, whose engines know no version or "
+                "hardware compatibility; choose one of the two"
+            )
 
     @classmethod
     def from_table(cls, table: Mapping[str, Any]) -> "BuildOptions":

@@ -224,6 +224,10 @@ def wrong_precision(layers: Mapping[str, int], precision: str, *, tf32: bool) ->
     allowed = {"fp32", "tf32"} if asked == "fp32" and tf32 else {asked}
     if not allowed & set(layers):
         return f"{asked} was asked for, and no layer runs in it: {found}"
+    num_known = sum(layers.values()) - layers.get("unknown", 0)
+    keeps_float = precision.endswith("-mixed")  # as many as its robustness needed
+    if not keeps_float and 2 * sum(layers.get(name, 0) for name in allowed) < num_known:
+        return f"{asked} was asked for, and most layers do not run in it: {found}"
     if asked == "fp32" and not set(layers) <= allowed | {"unknown"}:
         return f"fp32 was asked for, and there are layers in other types: {found}"
     return None

@@ -14,6 +14,8 @@ from .kit_files import DeviceError, MissingPackageError
 Array = np.ndarray[Any, Any]
 _NO_FOLDER = "/external-data-is-not-allowed"
 _LOG_NOTHING_BUT_FATAL = 4
+_CRASHES_ON_FLOAT16 = "MatmulTransposeFusion"
+"""An optimisation with which ONNX Runtime 1.31 crashes on vision transformers in float16."""
 _CPU = ("CPUExecutionProvider",)
 _NUMPY_TYPES = {
     "tensor(float)": np.float32,
@@ -59,15 +61,7 @@ class OnnxSession:
             raise MissingPackageError(
                 f"ONNX Runtime cannot be imported ({error}): pip install onnxruntime"
             ) from None
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = _LOG_NOTHING_BUT_FATAL
-        if num_threads is not None:
-            options.intra_op_num_threads = num_threads
-            options.inter_op_num_threads = 1
-        # The hash covers one file, so nothing may come from others.
-        options.add_session_config_entry(
-            "session.model_external_initializers_file_folder_path", _NO_FOLDER
-        )
+        options = session_options(num_threads, may_be_float16=True)
         self.version = f"ONNX Runtime {onnxruntime.__version__}"
         try:
             self._session = onnxruntime.InferenceSession(
@@ -116,6 +110,30 @@ class OnnxSession:
         except Exception as error:  # noqa: BLE001 (its errors have no class in common)
             raise DeviceError(f"{self.version} cannot answer: {_first_line(error)}") from None
         return np.asarray(logits_NK[: len(images_NCHW)], np.float32)
+
+
+def session_options(num_threads: int | None, *, may_be_float16: bool) -> Any:  # noqa: ANN401
+    """How every file is opened: in silence, from one file, without what crashes.
+
+    Raises:
+        ImportError: if ONNX Runtime is not installed.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = _LOG_NOTHING_BUT_FATAL
+    if num_threads is not None:
+        options.intra_op_num_threads = num_threads
+        options.inter_op_num_threads = 1
+    # The hash covers one file, so nothing may come from others.
+    options.add_session_config_entry(
+        "session.model_external_initializers_file_folder_path", _NO_FOLDER
+    )
+    if may_be_float16:
+        options.add_session_config_entry(
+            "optimization.disable_specified_optimizers", _CRASHES_ON_FLOAT16
+        )
+    return options
 
 
 def _first_line(error: Exception) -> str:

@@ -254,7 +254,12 @@ def main(arguments: Sequence[str] | None = None, *, folder: Path = Path()) -> in
     engines = [entry.engine_file for entry in kit.entries]
     built = [name for name in engines if (kit.folder / name).is_file()]
     names = [Path(name).name for name in parsed.files]
-    shown = [replay(kit, name) for name in names or built or [entry.file for entry in kit.entries]]
+    wanted = names or built or [entry.file for entry in kit.entries]
+    try:
+        shown = [replay(kit, name) for name in wanted]
+    except KeyboardInterrupt:
+        print("Cancelled.", file=sys.stderr)  # noqa: T201 (a script)
+        return 130
     for one in shown:
         print("\n".join(one.lines()))  # noqa: T201 (a script)
     if not names and not built:

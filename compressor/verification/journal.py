@@ -36,6 +36,12 @@ class Journal:
         write_text_atomically(path, text)  # without a line that was cut off, and what follows it
         return cls(path, {(o.chunk, o.stage): o for o in outcomes})
 
+    def absorb(self, outcomes: Iterable[Outcome]) -> None:
+        """Keep what others have finished, where it is not known yet."""
+        for outcome in outcomes:
+            if self.get(outcome.chunk, outcome.stage) is None:
+                self.add(outcome)
+
     @classmethod
     def in_memory(cls) -> Self:
         """One that is lost with the process."""
@@ -45,11 +51,6 @@ class Journal:
     def outcomes(self) -> tuple[Outcome, ...]:
         """All that is known."""
         return tuple(self._outcomes.values())
-
-    @classmethod
-    def with_outcomes(cls, outcomes: Iterable[Outcome]) -> Self:
-        """One that is lost with the process, and knows these."""
-        return cls(None, {(o.chunk, o.stage): o for o in outcomes})
 
     def get(self, chunk: int, stage: str) -> Outcome | None:
         """What is known of this stage of this chunk."""

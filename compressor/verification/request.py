@@ -28,6 +28,7 @@ from compressor.networks import evaluation_mode
 from compressor.onnx_providers import Provider
 from compressor.performance import Performance, resolve_performance
 from compressor.performance_settings import PerformanceSettings
+from compressor.ranks import ALONE, Ranks
 from compressor.reports.files import ReportFiles
 from compressor.teacher import Teacher
 from compressor.threat import DEFAULT_THREAT, Norm, ThreatModel, format_pixels
@@ -96,8 +97,11 @@ class Prepared:
         """`imagefolder`, `cifar10` ...: the source without its folder."""
         return self.target.data_recipe(self.request.data_source).source.partition(":")[0]
 
-    def journal(self) -> Journal:
-        """What an earlier process has finished of exactly this verification."""
+    def journal(self, ranks: Ranks = ALONE) -> Journal:
+        """What earlier processes have finished of exactly this verification.
+
+        Each rank writes its own, so that none loses what it has finished when all are killed.
+        """
         described = {
             "version": __version__,
             "target": self.model.facts.model_dump(),
@@ -114,7 +118,17 @@ class Prepared:
         }
         if self.request.provider != "cpu":
             described["provider"] = self.request.provider
-        return Journal.open(self.files.journal(plan_id(described)), described)
+        path = self.files.journal(plan_id(described))
+        own = Journal.open(path if ranks.is_first else _of_rank(path, str(ranks.rank)), described)
+        here = {_of_rank(path, str(rank)) for rank in range(ranks.num_ranks)}
+        gone = set(path.parent.glob(_of_rank(path, "*").name)) - here if ranks.is_first else set()
+        for other in gone:  # of ranks that there are no more
+            journal = Journal.open(other, described)
+            own.absorb(journal.outcomes)
+            journal.remove()
+        for outcomes in ranks.gather(own.outcomes):
+            own.absorb(outcomes)
+        return own
 
     def environment(self) -> dict[str, Any]:
         """Versions and devices, for the report; also what runs a file."""
@@ -135,6 +149,10 @@ class Prepared:
             else:
                 subject = network_subject(followed, self.performance)
             yield subject if file is None else replace(subject, answer=file)
+
+
+def _of_rank(path: Path, rank: str) -> Path:
+    return path.with_name(f"{path.stem}.rank{rank}{path.suffix}")
 
 
 def prepare(request: VerificationRequest) -> Prepared:

@@ -155,7 +155,7 @@ def _network_candidate(name: str, network: nn.Module) -> _Candidate:
 
 
 def _own_export(target: Target) -> OnnxModel | None:
-    """The fp32 file of a run, if what is beside it says that it has the present weights.
+    """The fp32 file of a run, if what is beside it names it and the present weights.
 
     It costs a row, and must not cost the hours of attacks before it: a damaged one is none.
     """
@@ -163,10 +163,11 @@ def _own_export(target: Target) -> OnnxModel | None:
         return None
     try:
         table = read_json(target.run.onnx_verification("fp32"))
-        source = table.get("source_sha256") if isinstance(table, dict) else None
-        if source != target.facts["model_sha256"]:
+        named = table if isinstance(table, dict) else {}
+        if named.get("source_sha256") != target.facts["model_sha256"]:
             return None
-        return load_onnx_model(target.run.onnx("fp32"), num_threads=torch.get_num_threads())
+        file = load_onnx_model(target.run.onnx("fp32"), num_threads=torch.get_num_threads())
+        return file if file.sha256 == named.get("sha256") else None
     except (RunError, WeightsError):
         return None
 

@@ -10,6 +10,7 @@ from compressor import __version__
 from compressor.device.cuda import gpu_name
 from compressor.environment import package_versions, processor_name
 from compressor.errors import UsageError
+from compressor.performance import num_usable_cores
 from compressor.reports.benchmark import (
     MIN_CALLS_P90,
     MIN_CALLS_P99,
@@ -113,11 +114,6 @@ def to_markdown(benchmark: Benchmark, *, left_out: Sequence[str] = ()) -> str:
         "\n\n".join(["# Benchmark", costs, accuracies, *shown, listed, "## Latency", latencies])
         + "\n"
     )
-
-
-def num_usable_cores() -> int:
-    """Cores that this process may use, which in a container are not all there are."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _row(name: str, cells: Sequence[Measured], memory_mib: float | None) -> BenchmarkRow:

@@ -25,6 +25,7 @@ from compressor.device.kit_files import DeviceError, read_limited, sha256_of
 from compressor.environment import package_versions
 from compressor.errors import RobustCompressError
 from compressor.run_directory import (
+    RunDirectory,
     folder_written_atomically,
     read_facts,
     write_bytes_atomically,
@@ -42,7 +43,7 @@ from exporters.bundle.manifest import (
     ThreatFacts,
     parse_manifest,
 )
-from exporters.bundle.rows import engine_rows, model_row, refuse_stale
+from exporters.bundle.rows import engine_rows, model_row, refuse_stale, refuse_unproven
 from exporters.bundle.signature import load_private_key, sign
 from exporters.engine.workflow import export_kit
 from exporters.exported_model import ExportedModel
@@ -95,7 +96,7 @@ class WrittenBundle:
     """Files that are named like a report and could not be taken along, and why."""
 
 
-def check_bundle_request(folder: Path, signing_key: Path | None) -> None:
+def check_bundle_request(folder: Path, signing_key: Path | None, *, run: RunDirectory) -> None:
     """Refuse early what `write_bundle` would refuse after the work is done.
 
     Raises:
@@ -106,6 +107,10 @@ def check_bundle_request(folder: Path, signing_key: Path | None) -> None:
     if Path.cwd().is_relative_to(folder.resolve()):
         raise BundleError(
             f"{folder} is where you are, and would be replaced; choose another folder"
+        )
+    if folder.resolve().is_relative_to(run.exports.resolve()):
+        raise BundleError(
+            f"{folder} lies among the files of {run.path} that go into it; choose another folder"
         )
     is_empty = folder.is_dir() and not any(folder.iterdir())
     if folder.is_symlink() or (folder.exists() and not is_empty):
@@ -147,9 +152,10 @@ def write_bundle(
             weights than the run holds now.
         MissingDependencyError: if signing needs a package that is not here.
     """
-    check_bundle_request(folder, signing_key)
+    check_bundle_request(folder, signing_key, run=prepared.request.run)
     key = None if signing_key is None else load_private_key(signing_key)
     refuse_stale(prepared, made)
+    refuse_unproven(made)
     with folder_written_atomically(folder) as new:
         try:
             export_kit(prepared, made, options=options, folder=new / KIT_FOLDER)

@@ -44,6 +44,21 @@ def refuse_stale(prepared: Prepared, made: Sequence[ExportedModel]) -> None:
             )
 
 
+def refuse_unproven(made: Sequence[ExportedModel]) -> None:
+    """A bundle says that its files are as robust as their network.
+
+    Raises:
+        BundleError: naming a file of which that was not shown.
+    """
+    for exported in made:
+        if exported.verification.status != "verified":
+            raise BundleError(
+                f"{exported.path} is {exported.verification.status}: "
+                f"{exported.verification.reason}, so it does not go into a bundle; bundle other "
+                "precisions"
+            )
+
+
 def model_row(exported: ExportedModel) -> BundledModel:
     """What was shown about an ONNX file of the kit."""
     return BundledModel(

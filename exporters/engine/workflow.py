@@ -3,8 +3,8 @@
 N images, K classes.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
@@ -15,10 +15,9 @@ from torch import Tensor
 from compressor.device.build_options import BuildOptions
 from compressor.device.build_progress import PhaseEvent
 from compressor.device.engine import Engine, audit_layers, wrong_precision
-from compressor.device.kit_files import MissingPackageError
+from compressor.device.kit_files import DeviceError, MissingPackageError
 from compressor.device.tensorrt_runtime import TensorRT
 from compressor.errors import ArtefactMismatchError, TooLossyError
-from compressor.onnx_model import load_onnx_model
 from exporters.engine.build_kit import KitModel, write_build_kit
 from exporters.engine.golden import Golden
 from exporters.engine.to_tensorrt import (
@@ -110,7 +109,7 @@ def golden_of(prepared: Prepared, made: Sequence[ExportedModel]) -> Golden:
     held_out, takes_bytes = prepared.held_out, prepared.form.takes_bytes
     clean_NCHW = held_out.x_NCHW[:NUM_GOLDEN_IMAGES]
     adversarial_NCHW = held_out.x_adv_NCHW[:NUM_GOLDEN_IMAGES]
-    models = {exported.variant: load_onnx_model(exported.path) for exported in made}
+    models = {exported.variant: prepared.opened(exported.path) for exported in made}
     return Golden(
         clean_NCHW=as_input(clean_NCHW, takes_bytes=takes_bytes),
         adversarial_NCHW=as_input(adversarial_NCHW, takes_bytes=takes_bytes),
@@ -149,7 +148,7 @@ def export_engine(
         timing_cache=timing_cache,
         observe=observe,
     )
-    reason, shown = _run(prepared, exported, new, tensorrt=tensorrt, tf32=options.tf32)
+    reason, shown = _run(prepared, exported, new, tensorrt=tensorrt, options=options)
     if shown is not None and shown.status in {"failed", "too_lossy"}:
         kind = TooLossyError if shown.status == "too_lossy" else ArtefactMismatchError
         raise kind(
@@ -175,24 +174,35 @@ def _run(
     new: NewEngine,
     *,
     tensorrt: TensorRT,
-    tf32: bool,
+    options: BuildOptions,
 ) -> tuple[str, ExportVerification | None]:
     """What was shown by running an engine, and in words; None if it does not run here."""
     with device_errors_explained():
         try:
             engine = Engine(new.built.plan, tensorrt=tensorrt)
-        except MissingPackageError as error:
+        except DeviceError as error:
+            if not isinstance(error, MissingPackageError) and not options.compute_capabilities:
+                raise
             return f"it was built and could not be run here: {error}", None
         with engine:
-            shown = _prove(prepared, exported, engine, tf32=tf32)
-        return shown.reason, shown
+            layers = audit_layers(engine.layer_information())
+            shown = _prove(prepared, exported, engine, layers=layers, tf32=options.tf32)
+    if not layers and shown.status == "verified":
+        reason = "the inspector tells nothing of its layers, so its precision is not known"
+        shown = replace(shown, status="unverified", reason=reason)
+    return shown.reason, shown
 
 
 def _prove(
-    prepared: Prepared, exported: ExportedModel, engine: Engine, *, tf32: bool
+    prepared: Prepared,
+    exported: ExportedModel,
+    engine: Engine,
+    *,
+    layers: Mapping[str, int],
+    tf32: bool,
 ) -> ExportVerification:
     """The engine beside the network, attacked through the twin of the file it was built from."""
-    wrong = wrong_precision(audit_layers(engine.layer_information()), exported.variant, tf32=tf32)
+    wrong = wrong_precision(layers, exported.variant, tf32=tf32) if layers else None
 
     def answer(x_NCHW: Tensor) -> Tensor:
         return torch.from_numpy(engine(as_input(x_NCHW, takes_bytes=prepared.form.takes_bytes)))
@@ -201,7 +211,7 @@ def _prove(
         answer,
         prepared.held_out,
         variant=exported.variant,
-        twin=twin_of(load_onnx_model(exported.path), prepared.held_out),
+        twin=twin_of(prepared.opened(exported.path), prepared.held_out),
         budget=prepared.request.budget,
         complaints=[wrong] if wrong else [],
     )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from compressor.onnx_graph import read_graph
-from compressor.onnx_model import OnnxModel, load_onnx_model
+from compressor.onnx_model import OnnxModel
 from exporters.exported_model import ExportVerification, Variant
 from exporters.held_out import HeldOut, answers, judging_places
 from exporters.hops import prove_hop, signal_to_noise_db
@@ -262,12 +262,12 @@ class _Maker:
 
     def proxy_db(self, ranges: "TensorsData", kept: Sequence[str]) -> float:
         self.write(ranges, kept=kept)
-        found_NK = answers(load_onnx_model(self.path), self.images.x_adv_NCHW)
+        found_NK = answers(self.prepared.opened(self.path), self.images.x_adv_NCHW)
         return signal_to_noise_db(self.images.adversarial_NK, found_NK)
 
     def measure(self, ranges: "TensorsData", *, kept: Sequence[str]) -> ExportVerification:
         self.write(ranges, kept=kept)
-        model = load_onnx_model(self.path)
+        model = self.prepared.opened(self.path)
         return verify_int8(self.prepared, model, self.unrounded(ranges), self.images)
 
 

@@ -24,8 +24,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from compressor.attacks.pgd import PGD
+from compressor.augmentation import Augmentation
 from compressor.data import (
-    Augmentation,
     evaluation_batches,
     load_test_split,
     load_training_data,

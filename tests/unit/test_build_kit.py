@@ -151,7 +151,7 @@ sys.exit(build_engine.main([], folder=Path()))
 """
     finished = bare_python("-B", "-c", code, cwd=kit)
     assert finished.returncode == 130
-    assert finished.stderr == "Cancelled; nothing was written.\n"
+    assert finished.stderr == "Cancelled; engines named above are complete.\n"
     assert sorted(path.name for path in kit.iterdir()) == before
 
 
@@ -180,6 +180,16 @@ def test_the_command_line_of_the_builder(kit, capsys):
         if wrong != ["--batch", "3"]:  # 3 means 3:3:3, which an open batch allows
             assert code == (5 if "--kit-sha256" in wrong else 4)
             assert message in capsys.readouterr().err
+
+
+@pytest.mark.tensorrt
+@needs_tensorrt_rtx
+def test_what_cannot_be_written_is_one_line(kit, capsys):
+    (kit / "model.fp32.engine").mkdir()
+    assert build_engine.main(["--kit", str(kit), "--model", "model.fp32.onnx"]) == 4
+    error = capsys.readouterr().err
+    assert error.startswith("Error: cannot write: ")
+    assert "model.fp32.engine" in error
 
 
 def test_the_same_inputs_give_the_same_bytes(original_kit, paths, golden, tmp_path):

@@ -4,6 +4,7 @@ import json
 import resource
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ from compressor.errors import ArtefactMismatchError, MissingDependencyError
 from compressor.gate.gate import judge
 from compressor.performance_settings import PerformanceSettings
 from compressor.reports.report import TargetFacts, write_report
+from compressor.run_directory import RunDirectory
 from exporters.bundle.bundle import check_bundle_request, write_bundle
 from exporters.bundle.manifest import BundleError, parse_manifest
 from exporters.bundle.verification import open_bundle, verify_bundle
@@ -74,6 +76,19 @@ def test_a_bundle_made_twice_has_the_same_bytes(write):
     assert bytes_below("bundle") == bytes_below("again")
     assert first.manifest_sha256 == second.manifest_sha256
     assert first.num_bytes == sum(len(content) for content in bytes_below("bundle").values())
+
+
+def test_a_file_that_was_not_shown_to_be_as_robust_does_not_go_in(exported, tmp_path):
+    (made,) = exported.made
+    shown = replace(made.verification, status="unverified", reason="it has no twin")
+    with pytest.raises(BundleError, match="is unverified: it has no twin, so it does not go into"):
+        write_bundle(
+            exported.prepared,
+            [replace(made, verification=shown)],
+            tmp_path / "bundle",
+            options=BuildOptions(),
+        )
+    assert not (tmp_path / "bundle").exists()
 
 
 def test_a_bundle_holds_no_local_path(write, tmp_path, exported):
@@ -303,7 +318,7 @@ def test_a_key_that_would_be_deleted_with_the_folder_is_refused(write, keys):
     write()
     shutil.move(keys.private, "bundle/key.pem")
     with pytest.raises(BundleError, match="lies in bundle, which is replaced"):
-        check_bundle_request(Path("bundle"), Path("bundle/key.pem"))
+        check_bundle_request(Path("bundle"), Path("bundle/key.pem"), run=RunDirectory(Path("run")))
     assert Path("bundle/key.pem").exists()
 
 

@@ -13,6 +13,7 @@ import exporters.bundle.engines
 import exporters.bundle.verification
 from compressor.device.kit_files import DeviceError, read_kit, sha256_of
 from compressor.errors import MissingDependencyError, UsageError
+from compressor.run_directory import RunDirectory
 from exporters.bundle.bundle import check_bundle_request
 from exporters.bundle.engines import EngineRun, HashedKit, rebuild_engine, run_engine
 from exporters.bundle.manifest import BundleError
@@ -305,7 +306,7 @@ def test_what_is_printed(bundle, monkeypatch, capsys):
     shown = verify(bundle, monkeypatch, capsys)
     text = " ".join(shown.out.split())
     assert "adversarial images: same label on 21 of 21" in text
-    assert "clean 90 and robust 90 of 100, robust drop 2.0 points (-2.8 to 7.6)" in text
+    assert "2.0 points (-2.8 to 7.6), n = 100 held-out images" in text
     assert "report.student.json: VERIFIED, linf 8/255: clean 8 of 10, 5 of 10 stand" in text
     assert "gate.student.json: gate FAIL" in text or "gate INCONCLUSIVE" in text
     assert "measured before and not here" in text
@@ -339,7 +340,9 @@ def test_verifying_a_bundle_needs_no_torch(bundle):
 def test_without_the_package_it_says_what_to_install(bundle, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "cryptography", None)
     for call in (
-        lambda: check_bundle_request(tmp_path / "new", tmp_path / "key.pem"),
+        lambda: check_bundle_request(
+            tmp_path / "new", tmp_path / "key.pem", run=RunDirectory(tmp_path)
+        ),
         lambda: open_bundle(bundle, public_key=tmp_path / "key.pub.pem"),
     ):
         with pytest.raises(MissingDependencyError, match=r"robust-compress\[signing\]") as caught:

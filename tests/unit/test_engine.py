@@ -270,6 +270,9 @@ def test_types_are_recognised(kind, name):
         ({"fp32": 1, "int8": 9}, "int8", False, None),
         ({"fp16": 9}, "int8", False, "int8 was asked for"),
         ({"fp32": 8, "int8": 1}, "int8-mixed", False, None),
+        ({"fp32": 8, "int8": 1}, "int8", False, "most layers do not run in it: 8 in fp32, 1 in"),
+        ({"fp32": 8, "fp16": 7}, "fp16", False, "most layers do not run in it"),
+        ({"fp32": 8, "fp16": 8, "unknown": 30}, "fp16", False, None),
         ({}, "fp32", False, "no layers"),
     ],
 )

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from compressor.device.build_options import BuildOptions
+from compressor.device.kit_files import DeviceError
 from compressor.errors import ArtefactMismatchError, MissingDependencyError
 from compressor.networks import NetworkSpec, build_classifier
 from compressor.onnx_model import load_onnx_model
@@ -17,7 +18,7 @@ from exporters.engine.workflow import export_engine, export_kit
 from exporters.int8.to_int8 import calibrate, write_int8
 from exporters.request import ExportRequest, Int8Request
 from exporters.to_float16 import write_float16
-from exporters.to_onnx import OnnxForm, write_onnx
+from exporters.to_onnx import ExportError, OnnxForm, write_onnx
 from exporters.workflow import export_run
 
 SETTINGS = PerformanceSettings(device="cpu", training_dtype="float32", num_threads=1)
@@ -140,13 +141,15 @@ def pretended(exported, monkeypatch):
     )
     monkeypatch.setattr("exporters.engine.workflow.build_engine", lambda *_, **__: new)
     monkeypatch.setattr("exporters.engine.workflow.Engine", Pretended)
-    monkeypatch.setattr("exporters.engine.workflow.audit_layers", lambda _: [])
+    monkeypatch.setattr("exporters.engine.workflow.audit_layers", lambda _: {"fp16": 3})
     monkeypatch.setattr("exporters.engine.workflow.wrong_precision", lambda *_, **__: "")
     path.write_bytes(b"old plan")
     return SimpleNamespace(
         engine=Pretended,
         path=path,
-        export=lambda: export_engine(prepared, made[1], options=BuildOptions(), tensorrt=None),
+        export=lambda **options: export_engine(
+            prepared, made[1], options=BuildOptions(**options), tensorrt=None
+        ),
     )
 
 
@@ -163,6 +166,26 @@ def test_an_engine_that_loses_something_does_not_replace_another(pretended):
     with pytest.raises(ArtefactMismatchError, match="hop fp16 -> engine is the first that loses"):
         pretended.export()
     assert pretended.path.read_bytes() == b"old plan"
+
+
+def test_an_engine_that_cannot_be_audited_is_unverified(pretended, monkeypatch):
+    monkeypatch.setattr("exporters.engine.workflow.audit_layers", lambda _: {})
+    built = pretended.export()
+    assert (built.status, built.verification.status) == ("unverified", "unverified")
+    assert "its precision is not known" in built.reason
+
+
+def test_an_engine_for_another_gpu_is_unverified_and_kept(pretended, monkeypatch):
+    def refuse(self, plan, *, tensorrt):
+        raise DeviceError("TensorRT-RTX refuses this engine")
+
+    monkeypatch.setattr(pretended.engine, "__init__", refuse)
+    with pytest.raises(ExportError, match="refuses this engine"):
+        pretended.export()
+    built = pretended.export(compute_capabilities=("SM120",))
+    assert (built.status, built.verification) == ("unverified", None)
+    assert "could not be run here: TensorRT-RTX refuses" in built.reason
+    assert pretended.path.read_bytes() == b"new plan"
 
 
 def test_an_engine_that_was_not_attacked_is_unverified_and_loses_nothing(pretended, monkeypatch):

@@ -60,7 +60,8 @@ class Answers:
 
 
 SOURCE = Answers()
-LARGEST = float(SOURCE.tables[CLEAN].abs().max())
+CENTRED = SOURCE.tables[CLEAN] - SOURCE.tables[CLEAN].mean(dim=1, keepdim=True)
+LARGEST = float(CENTRED.abs().max())
 
 
 def held_out(source=SOURCE):
@@ -117,7 +118,7 @@ def test_the_same_answers_are_verified(variant):
 def test_one_logit_may_move_as_far_as_the_format_rounds(variant, tolerance, share):
     def move(logits):
         moved = logits.clone()
-        moved[7, 0] -= share * tolerance * LARGEST
+        moved[7, 0] -= share * tolerance * LARGEST / (3 / 4)  # of which the mean takes a quarter
         return moved
 
     shown = prove(SOURCE.moved(move), variant=variant, twin=twin)
@@ -160,6 +161,18 @@ def test_noise_may_be_as_loud_as_the_format_makes_it(variant, decibels):
         assert shown.status == status
         if status == "failed":
             assert f"at least {decibels:g} dB are expected" in shown.reason
+
+
+def test_a_constant_on_all_classes_hides_no_error():
+    """It changes no answer, and would stretch every tolerance that is a share of the logits."""
+    lifted = SOURCE.moved(lambda table: table + 1e4)
+    wrong = lifted.moved(lambda _: SOURCE.tables[CLEAN] + 1e4 + torch.tensor([1.0, -1, 0, 0]))
+    same = prove_hop(lifted, held_out(), variant="fp16", twin=lifted, budget=GENEROUS)
+    assert (same.status, same.tolerance < 1) == ("verified", True)
+    shown = prove_hop(wrong, held_out(lifted), variant="fp16", twin=wrong, budget=GENEROUS)
+    assert shown.status == "failed"
+    assert shown.max_logit_difference == pytest.approx(1, abs=0.01)
+    assert shown.sqnr_db < 40
 
 
 @pytest.mark.parametrize(

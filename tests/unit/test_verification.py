@@ -16,8 +16,8 @@ from compressor.attacks.search import SearchResult
 from compressor.attacks.square import Square
 from compressor.attacks.stages import Stage, build_stages
 from compressor.attacks.targeted import Targeted
+from compressor.augmentation import Augmentation
 from compressor.data import (
-    Augmentation,
     evaluation_batches,
     load_test_split,
     load_training_data,

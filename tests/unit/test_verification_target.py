@@ -402,6 +402,13 @@ def test_an_export_of_which_nothing_is_known_has_none(copy, split, content):
     assert costs(copy, split) == ["student tiny"]
 
 
+def test_an_export_that_is_not_the_one_in_its_record_has_none(copy, split):
+    """A process killed between the two leaves a file beside the record of the one before."""
+    table = json.loads(copy.onnx_verification("fp32").read_text())
+    spoil(copy.onnx_verification("fp32"), json.dumps(table | {"sha256": "0" * 64}).encode())
+    assert costs(copy, split) == ["student tiny"]
+
+
 @pytest.mark.parametrize("content", [None, b"", b"no ONNX"], ids=str)
 def test_an_export_that_cannot_be_run_has_none(copy, split, content):
     spoil(copy.onnx("fp32"), content)

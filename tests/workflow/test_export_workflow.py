@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import cli.main
+import compressor.onnx_model
 import exporters.workflow
 from compressor.errors import ArtefactMismatchError, DataError, RunError
 from compressor.onnx_graph import read_graph
@@ -389,10 +390,23 @@ def test_json_of_the_command_has_every_file(copy, capsys, fast):
         assert file["verification"]["clean"]["num_total"] == 100
 
 
+def test_files_are_run_by_as_many_threads_as_were_asked_for(copy, monkeypatch, fast):
+    seen, usual = [], compressor.onnx_model.session_options
+
+    def watched(num_threads, **more):
+        seen.append(num_threads)
+        return usual(num_threads, **more)
+
+    monkeypatch.setattr(compressor.onnx_model, "session_options", watched)
+    assert call(f"export {copy.path} --half {QUICK} --threads 1") == 0
+    assert set(seen) == {1}
+
+
 def test_a_dry_run_writes_nothing(copy, capsys):
     shutil.rmtree(copy.exports, ignore_errors=True)
     assert call(f"export {copy.path} --int8 --dry-run --json") == 0
     planned = json.loads(capsys.readouterr().out)["would_write"]
     assert str(copy.onnx("fp32")) in planned
+    assert str(copy.onnx_verification("fp32")) in planned
     assert any("int8" in path for path in planned)
     assert not copy.exports.exists()
