@@ -16,7 +16,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from compressor.augmentation import crop_and_flip
+from compressor.augmentation import Augmentation
 from compressor.data_sizes import check_training_size, check_validation_size
 from compressor.errors import DataError
 from compressor.image_decoding import ImageShape
@@ -128,16 +128,6 @@ class TrainingData:
 
     train: TrainingSplit
     validation: TrainingSplit
-
-
-@dataclass(frozen=True, kw_only=True)
-class Augmentation:
-    """What is done to each training image at random."""
-
-    crop_padding_pixels: int
-    """Pad with this much black on each side, then cut out the original size; 0 for nothing."""
-    horizontal_flip: bool
-    """Mirror every second image, left to right."""
 
 
 def load_training_data(
@@ -289,12 +279,7 @@ def _batches(
         keys_B = keys_N[places_B]
         shard = Shard(ranks=ranks, num_images=len(all_B), key=keys_N[all_B[:1]])
         if augment is not None:
-            images_BCHW = crop_and_flip(
-                images_BCHW,
-                keys_B,
-                padding_pixels=augment.crop_padding_pixels,
-                horizontal_flip=augment.horizontal_flip,
-            )
+            images_BCHW = augment.apply(images_BCHW, keys_B)
         yield Batch(
             x_NCHW=images_BCHW.contiguous(memory_format=torch.channels_last).float().div_(255),
             y_N=split.labels_N[places_B],

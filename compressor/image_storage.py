@@ -3,7 +3,6 @@
 Both storages give the same bytes. N images, B images of a batch, C channels, H rows, W columns.
 """
 
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +18,7 @@ from compressor.allocator import give_freed_memory_back
 from compressor.image_cache import cached_images
 from compressor.image_decoding import ImageArray, ImageFiles
 from compressor.image_sources import ImageSource
+from compressor.performance import num_usable_cores
 from compressor.performance_settings import PerformanceSettings
 
 _BYTES_PER_MIB = 2**20
@@ -75,6 +75,8 @@ class _BatchDataset(Dataset[Tensor]):
         self._images = images
 
     def __getitem__(self, positions: list[int]) -> Tensor:
+        if not positions:  # of a last batch that is smaller than the number of ranks
+            return torch.empty(0, *self._images.image_shape, dtype=torch.uint8)
         return torch.from_numpy(np.stack([self._images.read(position) for position in positions]))
 
 
@@ -89,7 +91,7 @@ def store_images(
     Raises:
         DataError: naming the files that cannot be used.
     """
-    num_workers = settings.num_workers or _num_cores()
+    num_workers = settings.num_workers or num_usable_cores()
     images = source.images
     if source.num_bytes > settings.memory_budget_mib * _BYTES_PER_MIB:
         if isinstance(images, ImageFiles):
@@ -104,8 +106,3 @@ def store_images(
         images_NCHW = images.read_all(num_workers=num_workers)
     images_NHWC = torch.from_numpy(images_NCHW).permute(0, 2, 3, 1).contiguous()
     return ResidentImages(images_NHWC=images_NHWC.to(device))
-
-
-def _num_cores() -> int:
-    """Cores that this process may use, which in a container are not all there are."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

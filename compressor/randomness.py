@@ -36,6 +36,8 @@ class Stream(IntEnum):
     VERIFICATION_ORDER = 9
     REPRESENTATIVES = 10
     NEXT_BATCH = 11
+    CROP_AREA = 12
+    CROP_ASPECT = 13
 
 
 def sample_keys(index_N: Tensor, *, seed: int, epoch: int = 0) -> Tensor:

@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from compressor.data import Augmentation, load_test_split, load_training_data, training_batches
+from compressor.augmentation import Augmentation
+from compressor.data import load_test_split, load_training_data, training_batches
 from compressor.errors import DataError
 from compressor.performance_settings import PerformanceSettings
 from compressor.recipe import DataRecipe

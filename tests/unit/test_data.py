@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from compressor import image_cache
+from compressor.augmentation import Augmentation
 from compressor.data import (
-    Augmentation,
     TestSplit,
     TrainingSplit,
     evaluation_batches,
