@@ -38,10 +38,10 @@ from compressor.run_directory import RunDirectory, write_text_atomically
 from compressor.schedules import num_steps_of
 from compressor.teacher import Teacher
 from compressor.teacher_check import refuse_unfit
-from compressor.training_workflow import (
+from compressor.training_preparation import (
     check_teachers,
     load_teachers,
-    refuse_single_image_batches,
+    refuse_small_batches,
 )
 
 
@@ -96,7 +96,7 @@ def prepare_comparison(
         device=performance.device,
         download=how.download,
     )
-    refuse_single_image_batches(recipe, data)
+    refuse_small_batches(recipe, data, num_ranks=1)
     test = open_source(recipe.data, part="test", download=how.download)
     teachers = _load_all_teachers(plan, data, performance)
     materials = Materials(

@@ -65,11 +65,18 @@ class InnerAttackRecipe(ClosedTable):
     """None: a quarter of epsilon, as 2/255 is of 8/255."""
     start: Literal["gaussian", "uniform", "zero"] = "gaussian"
     """`gaussian` has standard deviation 0.001; `uniform` fills the ball."""
+    begins_at: UnitFraction = 0.0
+    """Before this fraction of the run, learn from clean images in place of attacked ones too."""
     first_num_steps: Count | None = None
-    """Begin the run with so many steps, larger ones that reach as far, and take one more at a time;
+    """Begin with so many steps, larger ones that reach as far, and take one more at a time;
     None: all from the beginning."""
     full_from: UnitFraction = 0.8
     """With `first_num_steps`: all `num_steps` from this fraction of the run on."""
+
+    @property
+    def changes(self) -> bool:
+        """Whether it is not the same along the whole run."""
+        return self.first_num_steps is not None or self.begins_at > 0
 
     def problems(self, *, epsilon_pixels: float) -> list[str]:
         """Whether its steps reach the border of the ball, in words that begin with the key."""
@@ -77,6 +84,11 @@ class InnerAttackRecipe(ClosedTable):
             return [
                 f"method.attack.first_num_steps {self.first_num_steps} is above num_steps "
                 f"{self.num_steps}, to which it grows"
+            ]
+        if self.begins_at >= (1 if self.first_num_steps is None else self.full_from):
+            return [
+                f"method.attack.begins_at {self.begins_at:g} leaves no time for the attack"
+                + ("" if self.first_num_steps is None else " to grow; it must be below full_from")
             ]
         step_size_pixels = self.step_size_pixels or epsilon_pixels / 4
         reach = self.num_steps * step_size_pixels

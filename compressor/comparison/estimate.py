@@ -20,7 +20,7 @@ from compressor.performance import Performance
 from compressor.recipe import Recipe
 from compressor.student import Student
 from compressor.teacher import Teacher
-from compressor.training_workflow import network_spec
+from compressor.training_preparation import network_spec
 
 _BATCH_SIZE = 64
 _STANDING_SHARE = 0.5

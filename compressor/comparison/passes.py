@@ -22,7 +22,7 @@ from compressor.randomness import Stream, sample_keys, uniform
 from compressor.recipe import Recipe
 from compressor.student import LogitsAndMap, Student
 from compressor.teacher import Teacher
-from compressor.training_workflow import student_network
+from compressor.training_preparation import student_network
 
 _NUM_MOMENTS, _NUM_KEYS = 20, 10_000
 _GOLDEN_RATIO = (1 + 5**0.5) / 2

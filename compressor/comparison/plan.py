@@ -165,6 +165,9 @@ def _planned(
     count = num_seeds if entry.seeds is None else min(entry.seeds, num_seeds)
     first = base.get("seed", 0)
     table = {**base, "name": label, "method": own, "teachers": [teachers[i] for i in places]}
+    if entry.training:
+        table["training"] = _merged(base.get("training", {}), entry.training)
+        said += f"; of training: {', '.join(entry.training)}"
     recipes = tuple(
         parse_recipe({**table, "seed": first + place}, origin=label) for place in range(count)
     )
@@ -197,7 +200,9 @@ def _method_table(
 
 
 def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Tables within tables too."""
+    """Tables within tables too; one of another kind takes the place of the one below."""
+    if below.get("kind") != above.get("kind", below.get("kind")):
+        return dict(above)
     merged = dict(below)
     for key, value in above.items():
         inner = merged.get(key)
@@ -281,6 +286,9 @@ def _notes(methods: Sequence[PlannedMethod]) -> tuple[str, ...]:
             for (num_steps, size), labels in budgets.items()
         )
         notes.append(f"Inner attacks differ in their budget ({said}).")
+    if any(method.recipe.training != methods[0].recipe.training for method in methods):
+        said = ", ".join(f"{m.label} {m.recipe.training.epochs}" for m in methods)
+        notes.append(f"Methods are not trained alike (epochs: {said}); compare their costs too.")
     counts = {len(method.recipes) for method in methods}
     if len(counts) > 1:
         notes.append("Methods have different numbers of seeds; pairs are of those in common.")

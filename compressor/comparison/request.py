@@ -22,6 +22,7 @@ A comparison file::
     label = "trades-3"
     seeds = 2                       # only the first two
     settings = { beta = 3.0 }
+    training = { epochs = 12 }      # where a shorter run is to be compared; the result says so
 
 Needs no torch.
 """
@@ -57,6 +58,8 @@ class MethodEntry(ClosedTable):
     """Only the first so many; None: all."""
     settings: dict[str, Any] = {}
     """Keys of the method's own table."""
+    training: dict[str, Any] = {}
+    """Keys of the recipe's table `training` that differ from the base's. A result says so."""
 
     @property
     def shown_label(self) -> str:

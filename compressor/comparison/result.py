@@ -136,6 +136,8 @@ class MethodRow(ClosedTable):
     name: str
     settings: dict[str, Any]
     """Its whole table."""
+    training: dict[str, Any]
+    """The whole table of its recipes."""
     origin: str
     """Where these values come from."""
     teachers: str

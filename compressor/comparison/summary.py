@@ -30,7 +30,7 @@ from compressor.metrics import read_metrics
 from compressor.recipe import portable_dict
 from compressor.run_directory import RunDirectory, read_facts, read_json
 
-_OF_ONE_METHOD = ("name", "seed", "method", "teachers")
+_OF_ONE_METHOD = ("name", "seed", "method", "teachers", "training")
 
 
 def summarise(
@@ -163,6 +163,7 @@ def _method_row(
         label=method.label,
         name=method.recipe.method.name,
         settings=portable_dict(method.recipe)["method"],
+        training=portable_dict(method.recipe)["training"],
         origin=method.origin,
         teachers=method.teachers,
         passes=PassRow(**asdict(passes)),

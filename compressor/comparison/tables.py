@@ -247,10 +247,12 @@ def _over_seeds(pair: Paired) -> str:
 
 
 def _lead(result: ComparisonResult) -> str:
-    training, student = result.protocol["training"], result.protocol["student"]
+    student = result.protocol["student"]
+    epochs = sorted({row.training["epochs"] for row in result.methods})
+    said = f"{epochs[0]}" if len(epochs) == 1 else f"{epochs[0]} to {epochs[-1]}"
     return (
         f"On {plain(setting_text(result))}. All methods train {plain(student['architecture'])} of "
-        f"width {student['width']} for {training['epochs']} epochs on the same images, choose the "
+        f"width {student['width']} for {said} epochs on the same images, choose the "
         "epoch on held-out training images, and meet the same attacks on the same test images."
     )
 

@@ -58,11 +58,12 @@ def build_method(
     _refuse_mere_answers(recipe, teachers)
     method = _build(recipe, threat=threat, teachers=teachers, num_steps=num_steps)
     attack = getattr(recipe, "attack", None)
-    if attack is None or attack.first_num_steps is None:
+    if attack is None or not attack.changes:
         return method
     return growing(
         cast("Attacking", method),
-        first_num_steps=attack.first_num_steps,
+        begins_at=attack.begins_at,
+        first_num_steps=attack.first_num_steps or attack.num_steps,
         full_from=attack.full_from,
     )
 

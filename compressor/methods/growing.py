@@ -1,4 +1,4 @@
-"""A method whose inner attack begins with few steps."""
+"""A method whose inner attack begins late, or with few steps."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,19 +20,21 @@ class Attacking(Method[Any], Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Growing:
-    """The same method with one attack after the other, each for the same share of the run.
+    """The same method with one attack after the other.
 
     A young student is fooled by few steps, so the many that a trained one needs are spent when
-    they are needed. Fewer steps are larger ones that reach as far.
+    they are needed. Fewer steps are larger ones that reach as far. Before the first of them the
+    student learns from clean images, in place of attacked ones too.
 
-    Source: the idea of Cai, Du, Liu and Song, "Curriculum adversarial training", IJCAI 2018, whose
-    attacks grow with the accuracy; here they grow with the time, which every run knows before.
+    Sources: Cai, Du, Liu and Song, "Curriculum adversarial training", IJCAI 2018, whose attacks
+    grow with the accuracy; here they grow with the time, which every run knows before. Gupta, Dube
+    and Verma, "Improving the affordability of robustness training for DNNs", CVPRW 2020 (arXiv
+    2002.04237), begin without any.
     """
 
     method: Attacking
-    attacks: Sequence[PGD]
-    full_from: float
-    """The last attack begins at this fraction of the run."""
+    phases: Sequence[tuple[float, PGD]]
+    """Where in the run each attack begins, rising from 0."""
 
     def initial_state(self) -> Any:  # noqa: ANN401 (of the method)
         """Of the method."""
@@ -54,19 +56,26 @@ class Growing:
         moment: Moment,
     ) -> tuple[StepResult, Any]:
         """A step of the method with the attack of this moment."""
-        last = len(self.attacks) - 1
-        is_full = moment.fraction >= self.full_from
-        place = last if is_full else int(moment.fraction / self.full_from * last)
-        method: Attacking = replace(self.method, attack=self.attacks[place])  # type: ignore[type-var]
+        attack = next(
+            attack for begins_at, attack in reversed(self.phases) if begins_at <= moment.fraction
+        )
+        method: Attacking = replace(self.method, attack=attack)  # type: ignore[type-var]
         return method.step(student, batch, state, moment)
 
 
-def growing(method: Attacking, *, first_num_steps: int, full_from: float) -> Growing:
-    """`method`, whose attack begins with so many steps and grows by one at a time."""
+def growing(
+    method: Attacking, *, begins_at: float, first_num_steps: int, full_from: float
+) -> Growing:
+    """`method`, attacked from `begins_at` on; the steps grow one at a time until `full_from`."""
     full = method.attack
     reach_pixels = full.num_steps * full.step_size_pixels
-    attacks = [
-        replace(full, num_steps=number, step_size_pixels=reach_pixels / number)
-        for number in range(first_num_steps, full.num_steps)
+    fewer = range(first_num_steps, full.num_steps)
+    phases = [(0.0, replace(full, num_steps=0, start="zero"))] if begins_at > 0 else []
+    phases += [
+        (
+            begins_at + (full_from - begins_at) * place / len(fewer),
+            replace(full, num_steps=num_steps, step_size_pixels=reach_pixels / num_steps),
+        )
+        for place, num_steps in enumerate(fewer)
     ]
-    return Growing(method=method, attacks=[*attacks, full], full_from=full_from)
+    return Growing(method=method, phases=[*phases, (full_from if fewer else begins_at, full)])

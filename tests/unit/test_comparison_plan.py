@@ -220,6 +220,48 @@ def test_the_same_step_written_in_two_ways_is_one_budget(folder):
         assert all(part in note for part, note in zip(expected, said, strict=True))
 
 
+def test_trainings_that_differ_are_named(folder):
+    text = """
+[base]
+recipe = "base.toml"
+[[methods]]
+name = "trades"
+label = "long"
+training = { schedule = { kind = "one_cycle" }, ema_decay = 0.9 }
+[[methods]]
+name = "trades"
+label = "short"
+training = { epochs = 1 }
+"""
+    (folder / "unequal.toml").write_text(text)
+    plan = plan_of(folder / "unequal.toml")
+    long, short = (method.recipe.training for method in plan.methods)
+    assert (long.epochs, long.schedule.kind, long.ema_decay) == (3, "one_cycle", 0.9)
+    assert (short.epochs, short.schedule.kind, short.ema_decay) == (1, "milestones", None)
+    assert plan.methods[0].origin.endswith("; of training: schedule, ema_decay")
+    (note,) = (note for note in plan.notes if "alike" in note)
+    assert "(epochs: long 3, short 1)" in note
+    assert not any("alike" in note for note in plan_of(folder / "base.toml", "trades").notes)
+
+
+def test_a_schedule_of_another_kind_takes_the_place_of_the_one_below(folder):
+    schedule = "\n[training.schedule]\nkind = 'one_cycle'\nwarmup_fraction = 0.2\n"
+    base = (folder / "base.toml").read_text().replace("epochs = 3\n", "epochs = 3\n" + schedule)
+    (folder / "base.toml").write_text(base)
+    rows = "[[methods]]\nname='trades'\ntraining={{schedule={{{}}}}}"
+    found = []
+    for given in ("kind='milestones', decay=0.5", "initial_factor=0.1"):
+        text = f"[base]\nrecipe='base.toml'\n{rows.format(given)}"
+        (folder / "schedules.toml").write_text(text)
+        found.append(plan_of(folder / "schedules.toml").methods[0].recipe.training.schedule)
+    assert (found[0].kind, found[0].decay) == ("milestones", 0.5)
+    assert (found[1].kind, found[1].warmup_fraction, found[1].initial_factor) == (
+        "one_cycle",
+        0.2,
+        0.1,
+    )
+
+
 LOST = ["method.loss_scale=2.0", "method.attack.start='zero'", "method={name='bmtard'}"]
 
 

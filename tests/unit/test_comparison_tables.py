@@ -85,11 +85,12 @@ def run_row(seed, status="measured", reason=""):
     )
 
 
-def method(label, scores=(), paired=(), runs=None):
+def method(label, scores=(), paired=(), runs=None, epochs=8):
     return MethodRow(
         label=label,
         name="trades",
         settings={"name": "trades", "beta": 6.0},
+        training={"epochs": epochs},
         origin="defaults",
         teachers="none",
         passes=PassRow(
@@ -106,7 +107,6 @@ def result_of(*methods, reference=None, notes=()):
         name="test",
         reference=reference or methods[0].label,
         protocol={
-            "training": {"epochs": 8},
             "student": {"architecture": "tiny", "width": 1.0},
             "threat": {"norm": "linf", "epsilon_pixels": 8 / 255},
             "data": {"source": "cifar10"},
@@ -294,3 +294,9 @@ def test_cw_is_drawn_where_the_cascade_was_not_run(result):
         for row in result.methods
     ]
     assert "CW_inf accuracy" in comparison_picture(result_of(*methods)).alt
+
+
+def test_the_report_says_how_long_each_was_trained():
+    assert "for 8 epochs on the same images" in markdown(result_of(method("a")))
+    unequal = result_of(method("a"), method("b", epochs=3))
+    assert "for 3 to 8 epochs on the same images" in markdown(unequal)

@@ -29,7 +29,7 @@ def quick(monkeypatch):
 
 @pytest.mark.workflow
 def test_a_last_batch_of_one_is_refused_before_anything_runs(tmp_path):
-    with pytest.raises(DataError, match="leave a last batch of one"):
+    with pytest.raises(DataError, match="leave a last batch of 1, which BatchNorm"):
         prepared(make_inputs(tmp_path), overrides=["training.batch_size=57"])
 
 

@@ -17,7 +17,7 @@ from compressor.performance_settings import PerformanceSettings
 from compressor.quantization_workflow import FineTuningRequest
 from compressor.recipe_file import load_recipe
 from compressor.selection import measure_on_validation
-from compressor.training_workflow import student_network
+from compressor.training_preparation import student_network
 
 pytestmark = pytest.mark.workflow
 
