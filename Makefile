@@ -2,19 +2,25 @@
 #   make demo    creates .venv, installs, and runs the main job on real images
 #   make test    installs what it needs; lint, types, import contracts and all tests
 
+SHELL := bash
 PYTHON ?= python3
 BIN := .venv/bin
 RUN ?= runs/cifar10-small
 
-.PHONY: help install install-dev demo test lint types contracts evidence evidence-cifar10 \
-  evidence-export gpu-check bench bench-verify cifar10-small clean
+.PHONY: help install install-dev demo test lint types contracts evidence evidence-soak \
+  evidence-cifar10 evidence-export evidence-methods evidence-fast evidence-darht gpu-check bench bench-verify \
+  cifar10-small clean
 
 help:
 	@sed -n '2,3s/^#   //p' Makefile
 	@echo 'make evidence  slow results: three seeds of the demo, error rates of the gate -> docs/results/'
+	@echo 'make evidence-soak   half an hour of kills and full disks -> docs/results/soak.md'
 	@echo 'make evidence-cifar10 CIFAR10=folder TEACHERS=folder   healthy models raise no alarm'
 	@echo 'make evidence-export CIFAR10=folder RUN=folder   exported files of a run, each attacked itself'
-	@echo 'make bench     one B-MTARD step against the authors'"'"' manner -> docs/results/'
+	@echo 'make evidence-methods CIFAR10=folder TEACHERS=folder   every method under one protocol'
+	@echo 'make evidence-darht CIFAR10=folder TEACHERS=folder   teachers alike and not alike'
+	@echo 'make evidence-fast CIFAR10=folder TEACHERS=folder   what a shorter run keeps'
+	@echo 'make bench     one step against the authors'"'"' manner, data, start-up, growth of cost'
 	@echo 'make bench-verify CIFAR10=folder TEACHERS=folder   AutoAttack, ours and theirs'
 	@echo 'make gpu-check on a machine with a GPU: tests, an engine, a benchmark -> gpu-check.md'
 	@echo 'make cifar10-small CIFAR10=folder TEACHERS=folder [RUN=folder]'
@@ -52,6 +58,9 @@ evidence: install
 	$(BIN)/python examples/digits_demo.py --seeds 0 1 2 --write docs/results/digits-demo.md
 	$(BIN)/python tests/evidence/gate_simulation.py --write docs/results/gate-simulation.md
 
+evidence-soak: install
+	$(BIN)/python tests/evidence/soak.py --write docs/results/soak.md
+
 NEEDS_CIFAR10 = @test -n '$(CIFAR10)' && test -n '$(TEACHERS)' || \
   { echo 'usage: make $@ CIFAR10=folder TEACHERS=folder'; exit 2; }
 SMALL := docs/results/cifar10-small/model.safetensors
@@ -76,8 +85,55 @@ evidence-export: install
 	$(BIN)/python tests/evidence/exported_files.py --run $(RUN) --data 'imagefolder:$(CIFAR10)' \
 	  --work $(RUN)/evidence --write docs/results/export-$(notdir $(RUN)).md
 
+# Hours; what is finished is kept in runs/compare-* and never done again.
+COMPARE = $(BIN)/robust-compress compare examples/comparisons/$(1).toml --out runs/compare-$(1) \
+  --data 'imagefolder:$(CIFAR10)' \
+  --set 'teachers.0.source=resnet18:$(TEACHERS)/clean_resnet18_w0.5.safetensors' \
+  $(2)
+SHARED_ROBUST = --set 'teachers.1.source=$(ROBUST_TEACHER)'
+KEEP_COMPARISON = mkdir -p docs/results/$(1) && \
+  cp runs/compare-$(1)/comparison.* docs/results/$(1)/
+
+evidence-methods: install
+	$(NEEDS_CIFAR10)
+	$(call COMPARE,cifar10-methods,$(SHARED_ROBUST))
+	$(call KEEP_COMPARISON,cifar10-methods)
+	$(BIN)/python tests/evidence/ablation_curves.py \
+	  $(foreach name,bmtard-baseline mtard bmtard-ebb bmtard,$(name)=runs/compare-cifar10-methods/runs/$(name)-seed0) \
+	  --write docs/results/cifar10-methods/ablation.md
+
+evidence-fast: install
+	$(NEEDS_CIFAR10)
+	$(call COMPARE,cifar10-fast,$(SHARED_ROBUST))
+	$(call KEEP_COMPARISON,cifar10-fast)
+
+# Robust teachers of three architectures, and two more of the first. Finished ones are kept.
+# A transformer learns nothing where it is attacked from the first step: its attack begins later.
+ROBUST_TEACHERS = resnet18:0.5:0:0.0 mobilenet_v2:1.0:0:0.0 vit_6_192:0.5:0:0.2 \
+  resnet18:0.5:1:0.0 resnet18:0.5:2:0.0
+
+evidence-darht: install
+	$(NEEDS_CIFAR10)
+	set -e; for teacher in $(ROBUST_TEACHERS); do \
+	  IFS=: read -r network width seed begins_at <<< $$teacher; run=runs/darht-teachers/$$network-seed$$seed; \
+	  test -e $$run/model.safetensors && continue; \
+	  test -e $$run/recipe.resolved.json && again=--resume || again=; \
+	  $(BIN)/robust-compress teacher train examples/recipes/cifar10-teacher-robust.toml \
+	    --role robust --data 'imagefolder:$(CIFAR10)' --out $$run $$again --set seed=$$seed \
+	    --set student.architecture=$$network --set student.width=$$width \
+	    --set method.attack.begins_at=$$begins_at; \
+	done
+	$(BIN)/robust-compress teacher rank runs/darht-teachers/*-seed? --choose 3 \
+	  --data 'imagefolder:$(CIFAR10)' --out runs/darht-ranking
+	$(call COMPARE,cifar10-darht)
+	$(call KEEP_COMPARISON,cifar10-darht)
+	cp runs/darht-ranking/* docs/results/cifar10-darht/
+
 bench: install-dev
 	$(BIN)/python -m tests.bench.bench_step --rounds 5 --write docs/results/bench-step.md
+	$(BIN)/python -m tests.bench.bench_data --write docs/results/bench-data.md
+	$(BIN)/python -m tests.bench.bench_startup --write docs/results/bench-startup.md
+	$(BIN)/python -m tests.bench.cost_curves --write docs/results/cost-curves.md
 
 # torchattacks lies apart: it brings a package `robustbench` that is not RobustBench, and old pins.
 .venv/torchattacks: .venv/installed-dev

@@ -1,5 +1,6 @@
 """`robust-compress plan`: what a run will cost, before it runs."""
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -55,7 +56,7 @@ def plan(
     from dataclasses import asdict
 
     from cli.recipe_from_options import NamedOptions, recipe_from_options
-    from cli.training import performance_settings
+    from cli.training import performance_settings, performance_words
     from compressor.forecast_workflow import forecast_run
 
     output = Output(as_json=as_json)
@@ -76,14 +77,25 @@ def plan(
         recipe_path, named, overrides=overrides or [], out=out, resume=False
     )
     output.say("... taking some steps of the run")
-    found = forecast_run(recipe, settings, out=out or Path("runs"), download=download)
+    found = forecast_run(recipe, settings, out=out, download=download)
     _print(found, output)
     more = {"total_seconds": found.total_seconds, "problems": found.problems}
     output.result(asdict(found) | more)
     if found.problems:
         raise typer.Exit(int(ExitCode.KNOWN_ERROR))
-    command = "distill" if recipe.teachers else "teacher train"
-    output.next_command(f"robust-compress {command} {recipe_path}")
+    words = ["robust-compress", *(["distill"] if recipe.teachers else ["teacher", "train"])]
+    given = {
+        "--data": [data],
+        "--clean-teacher": clean_teacher,
+        "--robust-teacher": robust_teacher,
+        "--set": overrides,
+        "--out": [out],
+    }
+    words += [str(recipe_path), *performance_words(settings)]
+    for name, values in given.items():
+        words += [word for value in values or () if value for word in (name, str(value))]
+    words += ["--download"] if download else []
+    output.next_command(shlex.join(words))
 
 
 def _print(found: "Forecast", output: Output) -> None:

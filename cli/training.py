@@ -98,22 +98,26 @@ def run_training(recipe: "Recipe", options: TrainingOptions, output: Output) -> 
 
 def _resume_command(out: Path, options: TrainingOptions) -> str:
     """With every option that the run needs to go on as it began."""
-    settings = options.settings
+    given = {"--nproc": option_in_use(), "--keep-every": options.settings.keep_every_epochs}
+    words = [w for name, value in given.items() if value for w in (name, str(value))]
+    words += performance_words(options.settings)
+    flags = {"--download": options.download, "--accept-teachers": options.accept_teachers}
+    words += [name for name, is_given in flags.items() if is_given]
+    command = ["robust-compress", *options.command.split(), str(out), "--resume", *words]
+    return shlex.join(command)
+
+
+def performance_words(settings: "PerformanceSettings") -> list[str]:
+    """The options of `performance_settings` that were given, to be typed again."""
     given = {
         "--device": settings.device if settings.device != "auto" else None,
         "--dtype": settings.training_dtype if settings.training_dtype != "auto" else None,
         "--compile": settings.compile if settings.compile != "auto" else None,
         "--threads": settings.num_threads,
-        "--nproc": option_in_use(),
-        "--keep-every": settings.keep_every_epochs,
         "--memory-mib": settings.memory_budget_mib if settings.memory_budget_mib != 4096 else None,
         "--workers": settings.num_workers,
     }
-    words = [w for name, value in given.items() if value for w in (name, str(value))]
-    flags = {"--download": options.download, "--accept-teachers": options.accept_teachers}
-    words += [name for name, is_given in flags.items() if is_given]
-    command = ["robust-compress", *options.command.split(), str(out), "--resume", *words]
-    return shlex.join(command)
+    return [word for name, value in given.items() if value for word in (name, str(value))]
 
 
 def _teller(output: Output) -> "Callable[[TeacherCheck], None]":

@@ -65,11 +65,11 @@ def batch_size_to_compile(
         return None
     problem = _why_not(performance.device)
     if problem is None:
-        return -(-batch_size // performance.ranks.num_ranks)
+        return len(range(batch_size)[performance.ranks.part(batch_size)])
     if settings.compile == "on":
         raise DeviceError(
             f"torch.compile does not work here ({problem}); install a C++ compiler and Python's "
-            "headers (Debian: g++ python3-dev), or leave --compile out"
+            "headers (Debian: g++ python3-dev), or give --compile off"
         )
     return None
 

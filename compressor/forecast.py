@@ -13,14 +13,15 @@ from pathlib import Path
 
 import torch
 
+from compressor.augmentation import Augmentation
 from compressor.checkpoint import TrainState
-from compressor.data import Augmentation, Batch, training_batches
+from compressor.data import Batch, training_batches
 from compressor.selection import measure_on_validation
 from compressor.trainer import Training, is_validation_due, take_step
 
 NUM_MOMENTS = 10
 STEPS_PER_MOMENT = 2
-_NUM_WARM_UP = 2
+_NUM_WARM_UP = 1
 _NUM_VALIDATED = 256
 _NUM_CHECKPOINTS = 4
 """The best, the last two, and the one that is being written."""
@@ -64,8 +65,8 @@ class Forecast:
         if self.peak_memory_bytes > _MEMORY_RESERVE * self.free_memory_bytes:
             found.append(
                 f"memory: {_gib(self.peak_memory_bytes)} are needed, "
-                f"{_gib(self.free_memory_bytes)} are there; lower training.batch_size, or "
-                "--memory-mib so that images are streamed"
+                f"{_gib(self.free_memory_bytes)} are there; lower training.batch_size (and "
+                "raise training.accumulate_batches), or --memory-mib so that images are streamed"
             )
         if self.disk_bytes > self.free_disk_bytes:
             found.append(
@@ -100,11 +101,15 @@ def forecast(training: Training, *, out: Path) -> Forecast:
 
 
 def _timed_steps(training: Training) -> Iterator[float]:
-    """Seconds of each step, its batch included; the first ones warm up and are not told."""
+    """Seconds of each step, its batch included.
+
+    The first ones of each moment warm up and are not told: a method may ask a teacher for the first
+    time there, which compiles it.
+    """
     batches = _endless_batches(training)
     method_state = training.method.initial_state()
-    for moment in range(-1, NUM_MOMENTS):
-        fraction = (max(moment, 0) + 0.5) / NUM_MOMENTS
+    for moment in range(NUM_MOMENTS):
+        fraction = (moment + 0.5) / NUM_MOMENTS
         step = int(fraction * training.num_steps)
         state = TrainState(
             step=step,
@@ -112,11 +117,11 @@ def _timed_steps(training: Training) -> Iterator[float]:
             batch_in_epoch=0,
             method_state=method_state,
         )
-        for _ in range(_NUM_WARM_UP if moment < 0 else STEPS_PER_MOMENT):
+        for place in range(-_NUM_WARM_UP, STEPS_PER_MOMENT):
             began_at_seconds = time.perf_counter()
             _, method_state = take_step(training, next(batches), state)
             state = replace(state, method_state=method_state)
-            if moment >= 0:
+            if place >= 0:
                 yield time.perf_counter() - began_at_seconds
 
 
@@ -130,9 +135,7 @@ def _endless_batches(training: Training) -> Iterator[Batch]:
             batch_size=batch_size,
             seed=training.recipe.seed,
             epoch=epoch,
-            augment=Augmentation(
-                crop_padding_pixels=data.crop_padding_pixels, horizontal_flip=data.horizontal_flip
-            ),
+            augment=Augmentation.of(data),
         )
         yield from (batch for batch in batches if batch.num_images == batch_size)
         epoch += 1

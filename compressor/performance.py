@@ -59,12 +59,17 @@ def resolve_performance(settings: PerformanceSettings) -> Performance:
     if settings.num_threads is not None:
         torch.set_num_threads(settings.num_threads)
     elif num_ranks_here > 1:  # torchrun leaves each of them one thread
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_ranks_here))
+        torch.set_num_threads(max(1, num_usable_cores() // num_ranks_here))
     device = _resolve_device(settings.device)
     if settings.training_dtype == "auto":
         fast = multiplies_bfloat16(device)
         return Performance(device=device, training_dtype=torch.bfloat16 if fast else torch.float32)
     return Performance(device=device, training_dtype=getattr(torch, settings.training_dtype))
+
+
+def num_usable_cores() -> int:
+    """Those that this process may use, which in a container are not all there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:

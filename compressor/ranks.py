@@ -37,6 +37,10 @@ class Ranks:
     control: Any = None
     """The process group for what the hosts tell one another; None for that of the devices."""
 
+    def __deepcopy__(self, _: object) -> "Ranks":
+        """Layers that know their ranks are copied with their network; a process group cannot be."""
+        return self
+
     @property
     def is_first(self) -> bool:
         """Whether this process writes and speaks for all."""

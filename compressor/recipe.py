@@ -6,7 +6,9 @@ of `recipe_id`. `recipe_file.py` reads recipes and explains what is wrong with o
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -59,7 +61,11 @@ class DataRecipe(ClosedTable):
     num_channels: Literal[1, 3] | None = None
     """Convert every image; without it all images must have the channels of the first."""
     crop_padding_pixels: Annotated[int, Field(ge=0, le=4096)] = 4
+    """Pad with this much black on each side, then cut out the original size at random."""
     horizontal_flip: bool = True
+    min_crop_area: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """In place of that, as is usual for ImageNet: cut out a part of at least this fraction of the
+    image at random, and enlarge it to the original size; needs `crop_padding_pixels = 0`."""
 
 
 class StudentRecipe(ClosedTable):
@@ -122,6 +128,9 @@ class TrainingRecipe(ClosedTable):
     epochs: Count = 300
     batch_size: Annotated[int, Field(ge=2)] = 128
     """BatchNorm cannot train on one image."""
+    accumulate_batches: Count = 1
+    """Add up the gradients of so many batches for one change of the weights, where a larger batch
+    does not fit into memory. BatchNorm and the balances of a method see single batches."""
     learning_rate: Positive = 0.1
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     nesterov: bool = False
@@ -169,6 +178,7 @@ class Recipe(ClosedTable):
         problems = [
             *_teacher_problems(self),
             *_attack_problems(self),
+            *_data_problems(self.data),
             *self.method.problems(),
             *_training_problems(self),
         ]
@@ -197,19 +207,39 @@ def portable_dict(recipe: Recipe) -> dict[str, Any]:
     What is committed, published or hashed carries no path of the machine it was made on.
     """
     table = resolved_dict(recipe)
-    if recipe.data.training_size is None:  # so that recipes from before keep their identity
-        del table["data"]["training_size"]
-    if table["training"]["schedule"].get("idle_fraction") == 0:
-        del table["training"]["schedule"]["idle_fraction"]
-    attack = table["method"].get("attack")
-    if attack is not None and attack["first_num_steps"] is None:
-        del attack["first_num_steps"], attack["full_from"]
-    if recipe.training.batch_norm == "whole_batch":
-        del table["training"]["batch_norm"]
+    _drop_later_settings(table)
     table["data"]["source"] = recipe.data.source.partition(":")[0]
     for teacher in table["teachers"]:
         teacher["source"] = _kind_of_teacher(teacher["source"])
     return table
+
+
+_LATER_SETTINGS: Mapping[str, object] = MappingProxyType(
+    {
+        "data.training_size": None,
+        "data.min_crop_area": None,
+        "training.accumulate_batches": 1,
+        "training.batch_norm": "whole_batch",
+        "training.schedule.idle_fraction": 0.0,
+        "method.attack.begins_at": 0.0,
+        "method.attack.first_num_steps": None,
+    }
+)
+"""What recipes did not have at first, with what they did then: such recipes keep their identity."""
+
+
+def _drop_later_settings(table: dict[str, Any]) -> None:
+    """In place, where they change nothing."""
+    for name, usual in _LATER_SETTINGS.items():
+        *path, key = name.split(".")
+        place: Any = table
+        for part in path:
+            place = place.get(part) or {}
+        if key in place and place[key] == usual:
+            del place[key]
+    attack = table["method"].get("attack") or {}
+    if "first_num_steps" not in attack:
+        attack.pop("full_from", None)
 
 
 def _kind_of_teacher(source: str) -> str:
@@ -239,6 +269,15 @@ def _attack_problems(recipe: Recipe) -> list[str]:
     if not isinstance(attack, InnerAttackRecipe):
         return []
     return attack.problems(epsilon_pixels=recipe.threat.epsilon_pixels)
+
+
+def _data_problems(data: DataRecipe) -> list[str]:
+    if data.min_crop_area is None or data.crop_padding_pixels == 0:
+        return []
+    return [
+        f"data.min_crop_area = {data.min_crop_area:g} crops in place of padding; set "
+        f"data.crop_padding_pixels to 0 (it is {data.crop_padding_pixels})"
+    ]
 
 
 def _training_problems(recipe: Recipe) -> list[str]:

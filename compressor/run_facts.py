@@ -95,7 +95,12 @@ def as_it_began(run: RunDirectory, settings: PerformanceSettings) -> Performance
         CheckpointError: if another number format is asked for.
     """
     before = read_json(run.environment)
-    number_format = before.get("number_format", "float32")
+    number_format = before.get("number_format") if isinstance(before, dict) else None
+    if number_format not in {"float32", "bfloat16"}:
+        raise CheckpointError(
+            f"{run.environment} is damaged: it does not say in which number format the run began; "
+            "copy the run again, or begin anew"
+        )
     if settings.training_dtype not in {"auto", number_format}:
         raise CheckpointError(
             f"{run.path} is trained in {number_format}, not in {settings.training_dtype}; leave "

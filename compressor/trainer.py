@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from compressor.architectures.shared_batch_norm import average_statistics
+from compressor.augmentation import Augmentation
 from compressor.checkpoint import (
     Best,
     Candidate,
@@ -21,7 +22,7 @@ from compressor.checkpoint import (
     prune_checkpoints,
     save_checkpoint,
 )
-from compressor.data import Augmentation, Batch, TrainingData, training_batches
+from compressor.data import Batch, TrainingData, training_batches
 from compressor.errors import InterruptedRunError, TerminatedRunError
 from compressor.interruption import StopWish
 from compressor.methods.protocol import Method, Moment
@@ -159,6 +160,8 @@ def _train_epoch(training: Training, state: TrainState) -> TrainState:
             training.observe(
                 StepDone(step=state.step, epoch=state.epoch + 1, values=values | speed)
             )
+        if _is_amid_group(training, state):
+            continue  # gradients that are not yet used are in no checkpoint
         if time.monotonic() - saved_at_seconds > 60 * training.settings.checkpoint_every_minutes:
             _save(training, state)
             saved_at_seconds = time.monotonic()
@@ -200,8 +203,32 @@ def take_step(
     learning_rate = recipe.training.learning_rate * factor
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
-    optimizer.zero_grad(set_to_none=True)
-    result.loss.backward()  # type: ignore[no-untyped-call]
+    place, num_in_group = _place_in_group(training, state)
+    if place == 0:
+        optimizer.zero_grad(set_to_none=True)
+    (result.loss / num_in_group).backward()  # type: ignore[no-untyped-call]
+    if place == num_in_group - 1:
+        _change_weights(training)
+    return {**result.logged, "learning_rate_per_step": learning_rate}, method_state
+
+
+def _place_in_group(training: Training, state: TrainState) -> tuple[int, int]:
+    """Which of the batches whose gradients are added up this is, and how many there are."""
+    size = training.recipe.training.accumulate_batches
+    place = state.batch_in_epoch % size
+    num_left = training.steps_per_epoch - (state.batch_in_epoch - place)
+    return place, min(size, num_left)
+
+
+def _is_amid_group(training: Training, state: TrainState) -> bool:
+    """Whether some of the gradients for the next change of the weights are there already."""
+    is_over = state.batch_in_epoch == training.steps_per_epoch
+    return not is_over and state.batch_in_epoch % training.recipe.training.accumulate_batches > 0
+
+
+def _change_weights(training: Training) -> None:
+    """By the gradients of all ranks and batches of the group."""
+    optimizer, recipe = training.tensors.optimizer, training.recipe
     training.ranks.sum_gradients(training.student.network.parameters())
     if recipe.training.gradient_clip_norm is not None:
         torch.nn.utils.clip_grad_norm_(
@@ -212,7 +239,6 @@ def take_step(
         average_statistics(training.student.network, training.ranks)
     if training.tensors.average is not None and recipe.training.ema_decay is not None:
         _update_average(training.tensors, decay=recipe.training.ema_decay)
-    return {**result.logged, "learning_rate_per_step": learning_rate}, method_state
 
 
 @torch.no_grad()
@@ -287,9 +313,7 @@ def _batches(training: Training, state: TrainState) -> Iterator[Batch]:
         seed=training.recipe.seed,
         epoch=state.epoch,
         first_batch=state.batch_in_epoch,
-        augment=Augmentation(
-            crop_padding_pixels=data.crop_padding_pixels, horizontal_flip=data.horizontal_flip
-        ),
+        augment=Augmentation.of(data),
         ranks=training.ranks,
     )
 

@@ -23,7 +23,8 @@ from torch import Tensor
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from compressor.data import Augmentation, TrainingData, load_training_data, training_batches
+from compressor.augmentation import Augmentation
+from compressor.data import TrainingData, load_training_data, training_batches
 from compressor.environment import describe_environment
 from compressor.performance import resolve_performance
 from compressor.performance_settings import PerformanceSettings

@@ -589,6 +589,12 @@ DATA = {
         "data.image_size: must be less than or equal to",
         "(got 1000000)",
     ),
+    "two manners to crop": row(
+        nothing,
+        f"{CHECK} --set data.min_crop_area=0.25",
+        "data.min_crop_area = 0.25 crops in place of padding",
+        "set data.crop_padding_pixels to 0 (it is 4)",
+    ),
     "absurd padding": row(
         nothing,
         f"{CHECK} --set data.crop_padding_pixels=1000000",

@@ -25,13 +25,9 @@ from compressor.attacks.build import build_inner_attack, evaluation_attacks, sel
 from compressor.attacks.draws import KeyedDraws
 from compressor.attacks.search import by_logits
 from compressor.attacks.stages import build_stages
+from compressor.augmentation import Augmentation
 from compressor.checkpoint import TrainState
-from compressor.data import (
-    Augmentation,
-    load_test_split,
-    load_training_data,
-    training_batches,
-)
+from compressor.data import load_test_split, load_training_data, training_batches
 from compressor.folding import EvaluationView
 from compressor.image_sources import open_source
 from compressor.image_storage import ResidentImages, StreamedImages

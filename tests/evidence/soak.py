@@ -5,7 +5,7 @@ then begun again and disturbed at random moments, with a checkpoint every 5 seco
 SIGKILL, or a disk that is full (from a moment on no file may grow beyond some bytes). It is resumed
 until it ends. All checkpoints of whole epochs, the selected weights and the log are compared.
 
-    python -m tests.evidence.soak --minutes 30 --write docs/results/soak.md
+    python tests/evidence/soak.py --minutes 30 --write docs/results/soak.md
 """
 
 import argparse
@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -124,7 +125,8 @@ def disturbed(folder: Path, out: Path, draws: random.Random) -> tuple[Counter[st
             output, _ = process.communicate(timeout=SECONDS_TO_FIRST_STEP + draws.uniform(0, 30))
         except subprocess.TimeoutExpired:
             output = _disturb(process, kind, draws)
-            done[kind] += 1
+            if process.returncode != 0:  # or the disk was not full enough
+                done[kind] += 1
             wrong += _what_is_wrong(kind, process.returncode, output)
             if process.returncode != 0:
                 continue
@@ -136,7 +138,8 @@ def disturbed(folder: Path, out: Path, draws: random.Random) -> tuple[Counter[st
 def _disturb(process: subprocess.Popen[str], kind: str, draws: random.Random) -> str:
     if kind == "full disk":
         num_bytes = draws.choice([0, 500, 5_000, 50_000])
-        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (num_bytes, num_bytes))
+        with suppress(ProcessLookupError):  # it has just ended
+            resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (num_bytes, num_bytes))
     else:
         process.send_signal(getattr(signal, kind))
     output, _ = process.communicate(timeout=300)
@@ -255,7 +258,7 @@ def _markdown(found: dict, watched: Watched) -> str:
         "",
         markdown_table(("seconds", "memory, MiB", "open files"), rows),
         "",
-        f"Command: `python -m tests.evidence.soak --minutes {found['minutes']:.0f} --seed "
+        f"Command: `python tests/evidence/soak.py --minutes {found['minutes']:.0f} --seed "
         f"{found['seed']} --write docs/results/soak.md`.",
         "",
         *(f"- {name}: {value}" for name, value in found["environment"].items()),

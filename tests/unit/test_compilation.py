@@ -55,16 +55,24 @@ def test_by_default_long_runs_compile_where_it_pays(
 
 def test_every_rank_compiles_for_its_part(compiler):
     compiler()
-    performance = dataclasses.replace(PLAIN, ranks=Ranks(rank=0, num_ranks=2))
     settings = PerformanceSettings(compile="on")
-    assert batch_size_to_compile(settings, performance, batch_size=32, num_steps=1) == 16
+    found = [
+        batch_size_to_compile(
+            settings,
+            dataclasses.replace(PLAIN, ranks=Ranks(rank=rank, num_ranks=3)),
+            batch_size=128,
+            num_steps=1,
+        )
+        for rank in range(3)
+    ]
+    assert found == [42, 43, 43]
 
 
 def test_without_a_compiler_auto_goes_on_and_on_is_refused(compiler):
     compiler("no g++")
     sizes = {"batch_size": 32, "num_steps": 5000}
     assert batch_size_to_compile(PerformanceSettings(), WITH_UNITS, **sizes) is None
-    with pytest.raises(DeviceError, match=r"\(no g\+\+\); install .* or leave --compile out"):
+    with pytest.raises(DeviceError, match=r"\(no g\+\+\); install .* or give --compile off"):
         batch_size_to_compile(PerformanceSettings(compile="on"), WITH_UNITS, **sizes)
 
 

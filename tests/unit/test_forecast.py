@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 import compressor.forecast
-from compressor.forecast import NUM_MOMENTS, STEPS_PER_MOMENT, Forecast
+from compressor.errors import RunError
+from compressor.forecast import Forecast
 from compressor.forecast_workflow import forecast_run
 from compressor.performance_settings import PerformanceSettings
 from compressor.recipe_file import parse_recipe
@@ -70,9 +71,8 @@ def test_steps_are_spread_over_the_run_and_validations_counted(monkeypatch, tmp_
 
     monkeypatch.setattr(compressor.forecast, "take_step", noted)
     found = forecast_run(recipe_of(ema_decay=0.9), SETTINGS, out=tmp_path / "never" / "run")
-    timed = steps[-NUM_MOMENTS * STEPS_PER_MOMENT :]
-    assert {epoch for _, epoch, _ in timed} == set(range(10))
-    assert {num_images for _, _, num_images in timed} == {100}
+    assert {epoch for _, epoch, _ in steps} == set(range(10))
+    assert {num_images for _, _, num_images in steps} == {100}
     assert found.num_steps == 10 * 10
     assert found.num_validations == 2 * 3  # epochs 6, 8 and 10; weights and their average
     low, high = found.step_seconds_range
@@ -88,6 +88,28 @@ def compressor_statistics():
     spec = NetworkSpec(architecture="tiny", num_classes=10, image_shape=(1, 8, 8))
     buffers = dict(build_classifier(spec, seed=0).named_buffers())
     return sum(b.numel() * (b.element_size() // 4) for b in buffers.values()) / 2
+
+
+def test_what_is_slow_once_in_a_part_of_the_run_is_not_multiplied(monkeypatch, tmp_path):
+    """As a teacher that is asked, and compiled, for the first time in the middle of the run."""
+    original, asked = compressor.forecast.take_step, []
+
+    def slow_at_first_in_the_middle(training, batch, state):
+        if state.epoch >= 5 and not asked:
+            asked.append(state.epoch)
+            time.sleep(1)
+        return original(training, batch, state)
+
+    monkeypatch.setattr(compressor.forecast, "take_step", slow_at_first_in_the_middle)
+    found = forecast_run(recipe_of(), SETTINGS, out=tmp_path / "run")
+    assert asked == [5]
+    assert found.step_seconds_range[1] < 1
+
+
+def test_a_run_that_would_be_refused_has_no_forecast(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"mine")
+    with pytest.raises(RunError, match="exists"):
+        forecast_run(recipe_of(), SETTINGS, out=tmp_path)
 
 
 def test_a_slow_step_is_seen(monkeypatch, tmp_path):

@@ -189,6 +189,7 @@ CHANGES = {
     "data.num_channels": "3",
     "data.crop_padding_pixels": "2",
     "data.horizontal_flip": "false",
+    "data.min_crop_area": None,  # takes the place of the padding; see below
     "student.architecture": "resnet18",
     "student.width": "0.5",
     "student.mean": "[0.5]",
@@ -214,10 +215,12 @@ CHANGES = {
     "method.attack.num_steps": "7",
     "method.attack.step_size_pixels": "3/255",
     "method.attack.start": "zero",
+    "method.attack.begins_at": "0.3",
     "method.attack.first_num_steps": "5",
     "method.attack.full_from": None,  # says nothing alone; see test_growing.py
     "training.epochs": "3",
     "training.batch_size": "64",
+    "training.accumulate_batches": "2",
     "training.learning_rate": "0.05",
     "training.momentum": "0.8",
     "training.nesterov": "true",
@@ -258,6 +261,14 @@ def test_recipe_id_changes_with_every_setting(key, value):
 )
 def test_recipe_id_changes_with_the_schedule(override):
     assert recipe_with(override).recipe_id != recipe_with().recipe_id
+
+
+def test_recipe_id_changes_with_the_manner_of_the_crop():
+    padded, *resized = (
+        recipe_with("data.crop_padding_pixels=0", *more).recipe_id
+        for more in ([], ["data.min_crop_area=0.08"], ["data.min_crop_area=0.25"])
+    )
+    assert len({padded, *resized}) == 3
 
 
 SAME_BUT_FOR_THE_PLACE = [

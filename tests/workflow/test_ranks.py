@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from compressor.architectures.shared_batch_norm import average_statistics, share_batch_norm
+from compressor.architectures.shared_batch_norm import share_batch_norm
 from compressor.architectures.teacher_map import add_teacher_map
 from compressor.data import Batch, Shard
 from compressor.errors import CheckpointError, RecipeError
@@ -295,9 +296,50 @@ def test_a_killed_process_brings_the_run_back_from_its_checkpoint(folder):
     os.kill(workers[-1], signal.SIGKILL)
     code, out = ended(process)
     assert code == 0, out
-    assert (run / "model.safetensors").read_bytes() == (
-        folder / "undisturbed" / "model.safetensors"
-    ).read_bytes()
+    last = Path("checkpoints", checkpoints_of(run)[-1])
+    for name in ("model.safetensors", last / "network.safetensors", last / "momentum.safetensors"):
+        undisturbed = (folder / "undisturbed" / name).read_bytes()
+        assert (run / name).read_bytes() == undisturbed, name
+
+
+ALIKE = """
+name = "alike"
+[data]
+source = "digits"
+validation_size = 101
+[student]
+architecture = "tiny"
+[method]
+name = "cross_entropy"
+[training]
+epochs = 1
+batch_size = 101
+learning_rate = 0.05
+gradient_clip_norm = 0.5
+[selection]
+num_steps = 1
+"""
+
+
+def last_of(folder, out, *options):
+    """Weights after the last step, and what was counted on held-out images."""
+    process = start(folder, "--out", out, *options, recipe="alike.toml")
+    code, said = ended(process)
+    assert code == 0, said
+    newest = folder / out / "checkpoints" / checkpoints_of(folder / out)[-1]
+    best = json.loads((newest / "train_state.json").read_text())["best"]
+    return load_file(newest / "network.safetensors"), best
+
+
+@pytest.mark.workflow
+def test_the_trainer_learns_on_two_what_it_learns_on_one(tmp_path):
+    """Without an attack, so that rounding in float32 turns no sign."""
+    (tmp_path / "alike.toml").write_text(ALIKE)
+    one, best_of_one = last_of(tmp_path, "one")
+    two, best_of_two = last_of(tmp_path, "two", "--nproc", "2")
+    for name, expected in one.items():
+        torch.testing.assert_close(two[name], expected, rtol=1e-3, atol=1e-4, msg=name)
+    assert abs(best_of_two["clean_correct"] - best_of_one["clean_correct"]) <= 1
 
 
 def command_of(pid):
@@ -335,24 +377,6 @@ def test_own_images_want_the_same_number_of_processes(folder):
         refuse_changed_facts(run, facts | {"num_processes": 2})
 
 
-def test_statistics_of_own_images_are_averaged():
-    network = build_classifier(SPEC, seed=0)
-    layers = [m for m in network.modules() if isinstance(m, torch.nn.BatchNorm2d)]
-    for layer in layers:
-        layer.running_mean.fill_(3.0)
-    average_statistics(network, TwiceTheSame(num_ranks=2))
-    assert all(bool((layer.running_mean == 3.0).all()) for layer in layers)
-    average_statistics(network, TwiceTheSame(num_ranks=4))
-    assert all(bool((layer.running_mean == 1.5).all()) for layer in layers)
-
-
-class TwiceTheSame(Ranks):
-    """Ranks, two of which hold the same and the others zeros."""
-
-    def sum_in_place(self, values):
-        return values.mul_(2)
-
-
 @pytest.mark.workflow
 def test_verification_finds_the_same_of_every_image(folder):
     """Three and two chunks; the second process has fewer of them."""
@@ -377,6 +401,46 @@ def test_verification_finds_the_same_of_every_image(folder):
     alone = folder / "alone.csv"
     write_csv(alone, found.samples, [stage.name for stage in prepared.stages])
     assert alone.read_text() == prepared.files.samples.read_text()
+
+
+@pytest.mark.workflow
+def test_no_process_loses_what_it_has_finished(folder):
+    """Each has one chunk; both are interrupted in the middle of it."""
+    options = ["--attacks", "apgd_ce,square", "--samples", "50", "--batch-size", "25"]
+    command = [*COMMAND[:-1], "verify", "undisturbed", *options, "--nproc", "2"]
+    process = subprocess.Popen(
+        command,
+        cwd=folder,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+    def journals():
+        return sorted((folder / "undisturbed").glob(".verification-*.jsonl"))
+
+    wait_for(lambda: len(journals()) == 2 and all(map(has_outcomes, journals())), process)
+    os.killpg(process.pid, signal.SIGKILL)
+    ended(process)
+    kept = {outcome for path in journals() for outcome in outcomes_of(path)}
+    assert {chunk for chunk, _ in kept} == {0, 1}
+    done = subprocess.run(
+        [*command[:-1], "1"], cwd=folder, env=environment(), capture_output=True, text=True
+    )
+    assert "VERIFIED" in done.stdout, done.stderr
+    assert journals() == []
+
+
+def has_outcomes(path):
+    return len(outcomes_of(path)) > 0
+
+
+def outcomes_of(path):
+    lines = path.read_text().splitlines()[1:]
+    complete = [json.loads(line) for line in lines if line.endswith("}")]
+    return [(row["chunk"], row["stage"]) for row in complete]
 
 
 if __name__ == "__main__":
