@@ -83,7 +83,8 @@ evidence-export: install
 	$(BIN)/robust-compress export $(RUN) --int8 --keep-float 3
 	$(BIN)/robust-compress export $(RUN) --qat 1
 	$(BIN)/python tests/evidence/exported_files.py --run $(RUN) --data 'imagefolder:$(CIFAR10)' \
-	  --work $(RUN)/evidence --write docs/results/export-$(notdir $(RUN)).md
+	  --work $(RUN)/evidence --rows docs/results/export-$(notdir $(RUN)) \
+	  --write docs/results/export-$(notdir $(RUN)).md
 
 # Hours; what is finished is kept in runs/compare-* and never done again.
 COMPARE = $(BIN)/robust-compress compare examples/comparisons/$(1).toml --out runs/compare-$(1) \

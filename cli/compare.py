@@ -158,7 +158,12 @@ def _compare(prepared: "PreparedComparison", output: Output) -> None:
         for run in row.runs
         if run.status == "measured"
     ]
-    output.next_command(f"robust-compress verify {shlex.quote(str(folder.run(measured[0])))}")
+    there = [folder.run(name) for name in measured if folder.run(name).is_dir()]
+    output.next_command(
+        f"robust-compress verify {shlex.quote(str(there[0]))}"
+        if there
+        else f"less {shlex.quote(str(folder.markdown))}"
+    )
 
 
 def _refuse_empty(result: "ComparisonResult", images: "ImageCounts", output: Output) -> None:

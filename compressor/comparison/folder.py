@@ -3,9 +3,11 @@
 A comparison on disk::
 
     runs/LABEL-seed0/            an ordinary run
-    verifications/LABEL-seed0/   clean.json, and the reports of the attacks
+    verifications/LABEL-seed0/   training.json, clean.json, and the reports of the attacks
     failures/LABEL-seed0.json    why a run ended without weights
     comparison.json  comparison.md  comparison.csv  comparison.tex  comparison.svg
+
+A run that is measured may be removed: the tables need what lies beside it alone.
 """
 
 from dataclasses import dataclass
@@ -36,6 +38,10 @@ class ComparisonFolder:
     def verification(self, name: str) -> Path:
         """The folder of what was measured on that run."""
         return self.path / "verifications" / name
+
+    def training(self, name: str) -> Path:
+        """What is kept of that run's training."""
+        return self.verification(name) / "training.json"
 
     def clean(self, name: str) -> Path:
         """Which test images the run answers correctly without an attack."""

@@ -21,13 +21,13 @@ from compressor.comparison.measurements import (
     read_attacked,
     write_clean,
 )
+from compressor.comparison.training_record import TrainingRecord
 from compressor.data import evaluation_batches, load_test_split
 from compressor.errors import DataError
 from compressor.networks import evaluation_mode, load_trained
 from compressor.performance import resolve_performance
 from compressor.performance_settings import PerformanceSettings
 from compressor.recipe import DataRecipe
-from compressor.recipe_file import load_recipe
 from compressor.run_directory import RunDirectory, read_facts
 from compressor.threat import ThreatModel
 from compressor.verification.cascade import answer_clean
@@ -78,19 +78,25 @@ class MeasuringWatchers:
 
 
 def find_measured(
-    run: RunDirectory, folder: ComparisonFolder, *, images: ImageCounts, test_sha256: str
+    name: str,
+    folder: ComparisonFolder,
+    record: TrainingRecord,
+    *,
+    threat: ThreatModel,
+    images: ImageCounts,
+    test_sha256: str,
 ) -> Measured:
     """What earlier calls have measured on the weights of a finished run.
 
     Args:
-        run: its folder's name is that of its measurements.
+        name: of the run.
         folder: of the comparison.
+        record: of its training; the weights themselves may be gone.
+        threat: of the comparison.
         images: how many test images each part is to have.
         test_sha256: of the content of the test images.
     """
-    facts, name = read_facts(run), run.path.name
-    subject = Subject(model_sha256=facts["model_sha256"], content_sha256=test_sha256)
-    threat = load_recipe(run.resolved_recipe).threat.build()
+    subject = Subject(model_sha256=record.model_sha256, content_sha256=test_sha256)
     attacked = {
         part: find_attacked(
             folder,
@@ -98,7 +104,7 @@ def find_measured(
             subject,
             Examination(
                 threat=threat,
-                attacks=_parameters(attacks, threat, facts["image_shape"]),
+                attacks=_parameters(attacks, threat, record.image_shape),
                 num_images=num_images,
                 protocol=protocol_of(attacks, "fast"),
             ),
@@ -123,7 +129,7 @@ def measure(
     """Measure what `found` lacks; each part is on disk before the next begins.
 
     Args:
-        run: see `find_measured`.
+        run: its folder's name is that of its measurements.
         folder: of the comparison.
         found: what is known already.
         images: how many test images each part is to have.

@@ -121,8 +121,7 @@ class RunRow(ClosedTable):
     selected_epoch: int | None
     """Chosen on held-out training images."""
     training_seconds: float | None
-    """All steps, without validation and checkpoints: the mean time per image of the steps that were
-    logged, times all images. Other work of the machine is in it."""
+    """All steps, without validation and checkpoints; see `training_record`."""
     trained_on: str
     """Device, number format and software."""
     measured_on: TupleOf[str]

@@ -16,6 +16,7 @@ from compressor.comparison.measuring import (
     measure,
 )
 from compressor.comparison.plan import PlannedRun
+from compressor.comparison.training_record import TrainingRecord, find_record, write_record
 from compressor.errors import (
     CheckpointError,
     InterruptedRunError,
@@ -66,7 +67,7 @@ class FinishedRun:
     """One method with one seed: what it came to."""
 
     planned: PlannedRun
-    run: RunDirectory | None
+    record: TrainingRecord | None
     """None: it has no weights, or no numbers."""
     measured: Measured
     failure: str | None = None
@@ -124,11 +125,9 @@ def work_left(
     """
     if find_failure(planned, folder, materials) is not None and not retry:
         return []
-    images, run = materials.images, find_training(planned, folder, materials)
-    if run is None:
-        return ["training", *Measured().lacks(images)]
-    found = find_measured(run, folder, images=images, test_sha256=materials.test_sha256)
-    return found.lacks(images)
+    known = _find(planned, folder, materials)
+    missing = known.measured.lacks(materials.images)
+    return ["training", *missing] if missing and known.run is None else missing
 
 
 def complete_run(
@@ -150,30 +149,67 @@ def complete_run(
     """
     failure, place = find_failure(planned, folder, materials), folder.failure(planned.name)
     if failure is not None and not how.retry:
-        return FinishedRun(planned=planned, run=None, measured=Measured(), failure=failure)
+        return FinishedRun(planned=planned, record=None, measured=Measured(), failure=failure)
     try:
-        run = find_training(planned, folder, materials)
-        if run is None:
+        known = _find(planned, folder, materials)
+        if known.run is None and known.measured.lacks(materials.images):
             watchers.part("training")
-            run = _train(planned, folder, how=how, observe=observe)
-        images = materials.images
-        found = find_measured(run, folder, images=images, test_sha256=materials.test_sha256)
-        measured = measure(
-            run,
-            folder,
-            found,
-            images=images,
-            data=planned.recipe.data,
-            test_sha256=materials.test_sha256,
-            settings=how.settings,
-            watchers=watchers,
-        )
+            _train(planned, folder, how=how, observe=observe)
+            known = _find(planned, folder, materials)
+        measured = known.measured
+        if known.run is not None:
+            measured = measure(
+                known.run,
+                folder,
+                measured,
+                images=materials.images,
+                data=planned.recipe.data,
+                test_sha256=materials.test_sha256,
+                settings=how.settings,
+                watchers=watchers,
+            )
     except (NonFiniteLossError, TeacherError, InvalidEvaluationError) as error:
         failure = re.split(r"; |\. (?=[A-Z])", str(error))[0]  # then come advice and folders
         write_json_atomically(place, _causes(planned, materials) | {"message": failure})
-        return FinishedRun(planned=planned, run=None, measured=Measured(), failure=failure)
+        return FinishedRun(planned=planned, record=None, measured=Measured(), failure=failure)
+    if known.record is not None:
+        write_record(folder.training(planned.name), known.record)
     place.unlink(missing_ok=True)
-    return FinishedRun(planned=planned, run=run, measured=measured)
+    return FinishedRun(planned=planned, record=known.record, measured=measured)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Known:
+    """What earlier calls have left of one run."""
+
+    run: RunDirectory | None
+    """None: its weights are gone, or never were."""
+    record: TrainingRecord | None
+    measured: Measured
+
+
+def _find(planned: PlannedRun, folder: ComparisonFolder, materials: Materials) -> _Known:
+    run = find_training(planned, folder, materials)
+    record = (
+        TrainingRecord.of(run)
+        if run is not None
+        else find_record(
+            folder.training(planned.name),
+            recipe_id=planned.recipe.recipe_id,
+            made_from=_expected(planned, materials),
+        )
+    )
+    if record is None:
+        return _Known(run=run, record=None, measured=Measured())
+    measured = find_measured(
+        planned.name,
+        folder,
+        record,
+        threat=planned.recipe.threat.build(),
+        images=materials.images,
+        test_sha256=materials.test_sha256,
+    )
+    return _Known(run=run, record=record, measured=measured)
 
 
 def _train(

@@ -5,8 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from compressor.checkpoint import selected_candidate
-from compressor.comparison.measurements import made_on
 from compressor.comparison.measuring import ImageCounts
 from compressor.comparison.passes import Passes
 from compressor.comparison.plan import ComparisonPlan, PlannedMethod
@@ -26,9 +24,7 @@ from compressor.comparison.scores import points_of, scores_of
 from compressor.comparison.statistics import PairedTest, paired_test
 from compressor.errors import RunError
 from compressor.gate.paired import holm
-from compressor.metrics import read_metrics
 from compressor.recipe import portable_dict
-from compressor.run_directory import RunDirectory, read_facts, read_json
 
 _OF_ONE_METHOD = ("name", "seed", "method", "teachers", "training")
 
@@ -86,17 +82,6 @@ def verdict_of(test: PairedTest, p_value_holm: float) -> Verdict:
     if low > 0 or high < 0:
         return "better" if test.mean > 0 else "worse"
     return "better weights" if test.mean > 0 else "worse weights"
-
-
-def training_seconds(run: RunDirectory) -> float | None:
-    """See `RunRow.training_seconds`; None if no step was logged."""
-    steps = [line for line in read_metrics(run) if line["kind"] == "step"]
-    speeds = [line["speed_images_per_second"] for line in steps]
-    per_image = [1 / speed for speed in speeds[1:] or speeds if speed > 0]  # the first warms up
-    if not per_image:
-        return None
-    epochs = read_json(run.resolved_recipe)["training"]["epochs"]
-    return float(sum(per_image) / len(per_image) * read_facts(run)["num_training"] * epochs)
 
 
 _Test = tuple[str, Metric, tuple[int, ...], PairedTest]
@@ -174,8 +159,8 @@ def _method_row(
 
 
 def _run_row(seed: int, recipe_id: str, finished: FinishedRun | None) -> RunRow:
-    run = finished.run if finished else None
-    if finished is None or run is None:
+    record = finished.record if finished else None
+    if finished is None or record is None:
         return RunRow(
             seed=seed,
             recipe_id=recipe_id,
@@ -198,10 +183,10 @@ def _run_row(seed: int, recipe_id: str, finished: FinishedRun | None) -> RunRow:
         recipe_id=recipe_id,
         status="measured",
         reason="; ".join(doubts),
-        model_sha256=read_facts(run)["model_sha256"],
-        selected_epoch=selected_candidate(run).epoch,
-        training_seconds=training_seconds(run),
-        trained_on=made_on(read_json(run.environment)),
+        model_sha256=record.model_sha256,
+        selected_epoch=record.selected_epoch,
+        training_seconds=record.training_seconds,
+        trained_on=record.trained_on,
         measured_on=tuple(sorted({part.measured_on for part in parts.values() if part})),
     )
 

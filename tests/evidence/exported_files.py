@@ -3,10 +3,11 @@
 Each file and the network are verified on many test images: by APGD-CE and APGD-T with 100 steps
 through the file's differentiable twin, and by what fools the network tried on the file. On some of
 them Square asks the file itself, alone: in a verification it would only meet what transferred
-images left standing. What is finished is kept and not repeated.
+images left standing. What is finished is kept and not repeated: a part of a file in the folder
+`--work`, a whole file in the folder `--rows`, image by image, so that the reports may go.
 
     python tests/evidence/exported_files.py --run RUN --data imagefolder:FOLDER --work FOLDER \
-        --write docs/results/export-cifar10-small.md
+        --rows docs/results/export-cifar10-small --write docs/results/export-cifar10-small.md
 """
 
 import argparse
@@ -14,8 +15,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from pydantic import TypeAdapter
+
 from compressor import __version__
 from compressor.errors import RunError
+from compressor.image_sources import open_source
 from compressor.metrics import read_metrics
 from compressor.paired_difference import PairedDrop
 from compressor.performance_settings import PerformanceSettings
@@ -76,6 +80,7 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--data", required=True)
     parser.add_argument("--work", type=Path, required=True, help="for reports that are finished")
+    parser.add_argument("--rows", type=Path, required=True, help="for files that are finished")
     parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--square-images", type=int, default=300)
     parser.add_argument("--threads", type=int, default=1)
@@ -92,18 +97,37 @@ def main() -> None:
     for name, path in targets.items():
         if options.only and name not in options.only and name != NETWORK:
             continue
-        rows.append(_row(name, path, run, options))
+        rows.append(_kept_row(name, path, run, options))
         print(f"{name}: done", flush=True)  # noqa: T201
     if options.write:
         benchmark = _benchmark(run)
         write_text_atomically(options.write, _markdown(run, rows, benchmark, options))
-        table = {"rows": [asdict(row) for row in rows], "cost": benchmark.model_dump(mode="json")}
-        write_json_atomically(options.write.with_suffix(".json"), table)
+        cost = benchmark.model_dump(mode="json")
+        write_json_atomically(options.rows / "cost.json", cost)
 
 
-def _row(name: str, path: Path, run: RunDirectory, options: argparse.Namespace) -> Row:
+def _kept_row(name: str, path: Path, run: RunDirectory, options: argparse.Namespace) -> Row:
+    """Of this very file on these very images by this version, or anew."""
     shipped = run.model if path == run.path else path
     sha256 = sha256_of_file(shipped)
+    data = load_recipe(run.resolved_recipe).data.model_copy(update={"source": options.data})
+    facts = {
+        "sha256": sha256,
+        "content_sha256": open_source(data, part="test", download=False).content_sha256,
+        "num_images": [options.images, options.square_images],
+        "version": __version__,
+    }
+    kept = options.rows / f"{'network' if path == run.path else path.stem}.json"
+    table = read_json(kept) if kept.is_file() else {}
+    if table.get("facts") != facts:
+        row = _row(name, path, shipped, sha256, options)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        write_json_atomically(kept, {"facts": facts, "row": asdict(row)})
+        table = read_json(kept)
+    return TypeAdapter(Row).validate_python(table["row"])
+
+
+def _row(name: str, path: Path, shipped: Path, sha256: str, options: argparse.Namespace) -> Row:
 
     def asked(attacks: Sequence[str], num_images: int) -> VerificationRequest:
         return VerificationRequest(
@@ -215,7 +239,8 @@ def _markdown(
         "as none: where Square alone leaves more standing than of the network, the file hides from "
         "the search and is not more robust. The worst case is what counts.",
         "`python tests/evidence/exported_files.py --run RUN --data imagefolder:DATA "
-        f"--work FOLDER --images {options.images} --square-images {options.square_images}`",
+        f"--work FOLDER --rows FOLDER --images {options.images} "
+        f"--square-images {options.square_images}`",
         "\n".join(f"- {fact}" for fact in facts),
     ]
     return "\n\n".join(blocks) + "\n"

@@ -1,7 +1,9 @@
 """Two methods with two seeds: killed, interrupted, gone on with, and never done twice."""
 
 import functools
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +22,7 @@ from compressor.comparison.plan import make_plan
 from compressor.comparison.request import read_request
 from compressor.comparison.result import METRICS, read_result
 from compressor.comparison.runs import HowToRun
+from compressor.comparison.training_record import TrainingRecord
 from compressor.comparison_workflow import compare, prepare_comparison
 from compressor.errors import CheckpointError, InterruptedRunError, RecipeError
 from compressor.gate.paired import holm
@@ -28,6 +31,7 @@ from compressor.networks import NetworkSpec, build_classifier, save_classifier
 from compressor.performance_settings import PerformanceSettings
 from compressor.reports.report import read_report, write_report
 from compressor.run_directory import RunDirectory, read_json
+from compressor.threat import ThreatModel
 
 BASE = """
 name = "tiny"
@@ -204,6 +208,18 @@ def test_killed_interrupted_and_gone_on_with(folder):
     check_result(result)
     check_w_robust(result, folder)
     check_other_reports_are_not_taken(folder)
+    check_weights_may_go(result, folder)
+
+
+def found_of(place, name, images):
+    return find_measured(
+        name,
+        place,
+        TrainingRecord.of(RunDirectory(place.run(name))),
+        threat=ThreatModel(norm="linf", epsilon_pixels=32 / 255),
+        images=images,
+        test_sha256=read_json(place.clean(name))["content_sha256"],
+    )
 
 
 def check_w_robust(result, folder):
@@ -212,9 +228,7 @@ def check_w_robust(result, folder):
     place = ComparisonFolder(folder / "out")
 
     def both(name):
-        run = RunDirectory(place.run(name))
-        sha256 = read_json(place.clean(name))["content_sha256"]
-        found = find_measured(run, place, images=images, test_sha256=sha256)
+        found = found_of(place, name, images)
         robust = found.cascade.worst_case.proportion.fraction
         on_cascade = found.cascade.clean.proportion.fraction
         return (on_cascade + robust) / 2, (found.clean.proportion.fraction + robust) / 2
@@ -227,8 +241,6 @@ def check_w_robust(result, folder):
 def check_other_reports_are_not_taken(folder):
     """Of a smaller radius, above all: its accuracy would flatter one method."""
     place = ComparisonFolder(folder / "out")
-    run = RunDirectory(place.run("trades-seed0"))
-    sha256 = read_json(place.clean("trades-seed0"))["content_sha256"]
     images = ImageCounts(clean=40, white_box=12, cascade=3)
     for files in place.reports("trades-seed0"):
         sound = files.json.read_text()
@@ -242,11 +254,28 @@ def check_other_reports_are_not_taken(folder):
         ):
             report = read_report(files.json).model_copy(update=change)
             write_report(report, files.json)
-            found = find_measured(run, place, images=images, test_sha256=sha256)
+            found = found_of(place, "trades-seed0", images)
             assert None in [found.white_box, found.cascade], change
             files.json.write_text(sound)
-    found = find_measured(run, place, images=images, test_sha256=sha256)
+    found = found_of(place, "trades-seed0", images)
     assert None not in [found.white_box, found.cascade]
+
+
+def check_weights_may_go(result, folder):
+    """What was measured is kept beside the weights, and is of this recipe and these files only."""
+    shutil.copytree(folder / "out", folder / "kept", ignore=shutil.ignore_patterns("runs"))
+    place, name = ComparisonFolder(folder / "kept"), "trades-seed0"
+    again, seen = run(prepared(folder, out="kept"))
+    assert (again, seen) == (result, [])
+    anew = [(name, part) for part in PARTS]
+    place.clean(name).unlink()
+    assert left(prepared(folder, out="kept")) == [anew[0], anew[1]]
+    shutil.copy(ComparisonFolder(folder / "out").clean(name), place.clean(name))
+    record = read_json(place.training(name))
+    others = record["made_from"] | {"training_content_sha256": "0" * 64}
+    for change in ({"recipe_id": "0"}, {"made_from": others}, {"model_sha256": "0" * 64}):
+        place.training(name).write_text(json.dumps(record | change))
+        assert left(prepared(folder, out="kept")) == anew, change
 
 
 def check_result(result):
