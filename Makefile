@@ -86,27 +86,25 @@ evidence-export: install
 	  --work $(RUN)/evidence --rows docs/results/export-$(notdir $(RUN)) \
 	  --write docs/results/export-$(notdir $(RUN)).md
 
-# Hours; what is finished is kept in runs/compare-* and never done again.
-COMPARE = $(BIN)/robust-compress compare examples/comparisons/$(1).toml --out runs/compare-$(1) \
+# Hours. What is finished is never done again; all but the weights is kept in git, image by image.
+COMPARE = $(BIN)/robust-compress compare examples/comparisons/$(1).toml --out docs/results/$(1) \
   --data 'imagefolder:$(CIFAR10)' \
   --set 'teachers.0.source=resnet18:$(TEACHERS)/clean_resnet18_w0.5.safetensors' \
   $(2)
 SHARED_ROBUST = --set 'teachers.1.source=$(ROBUST_TEACHER)'
-KEEP_COMPARISON = mkdir -p docs/results/$(1) && \
-  cp runs/compare-$(1)/comparison.* docs/results/$(1)/
+
+METHODS_RUNS = docs/results/cifar10-methods/runs
 
 evidence-methods: install
 	$(NEEDS_CIFAR10)
 	$(call COMPARE,cifar10-methods,$(SHARED_ROBUST))
-	$(call KEEP_COMPARISON,cifar10-methods)
-	$(BIN)/python tests/evidence/ablation_curves.py \
-	  $(foreach name,bmtard-baseline mtard bmtard-ebb bmtard,$(name)=runs/compare-cifar10-methods/runs/$(name)-seed0) \
-	  --write docs/results/cifar10-methods/ablation.md
+	$(if $(wildcard $(METHODS_RUNS)/bmtard-seed0),$(BIN)/python tests/evidence/ablation_curves.py \
+	  $(foreach name,bmtard-baseline mtard bmtard-ebb bmtard,$(name)=$(METHODS_RUNS)/$(name)-seed0) \
+	  --write docs/results/cifar10-methods/ablation.md)
 
 evidence-fast: install
 	$(NEEDS_CIFAR10)
 	$(call COMPARE,cifar10-fast,$(SHARED_ROBUST))
-	$(call KEEP_COMPARISON,cifar10-fast)
 
 # Robust teachers of three architectures, and two more of the first. Finished ones are kept.
 # A transformer learns nothing where it is attacked from the first step: its attack begins later.
@@ -127,7 +125,6 @@ evidence-darht: install
 	$(BIN)/robust-compress teacher rank runs/darht-teachers/*-seed? --choose 3 \
 	  --data 'imagefolder:$(CIFAR10)' --out runs/darht-ranking
 	$(call COMPARE,cifar10-darht)
-	$(call KEEP_COMPARISON,cifar10-darht)
 	cp runs/darht-ranking/* docs/results/cifar10-darht/
 
 bench: install-dev
