@@ -25,8 +25,8 @@ class TrainingRecord(ClosedTable):
     model_sha256: str
     image_shape: TupleOf[int]
     """(channels, height, width)."""
-    selected_epoch: int
-    """Chosen on held-out training images."""
+    selected_epoch: int | None
+    """Chosen on held-out training images; None: the checkpoints, which record it, are gone."""
     training_seconds: float | None
     """See `training_seconds`."""
     trained_on: str
@@ -37,7 +37,7 @@ class TrainingRecord(ClosedTable):
         """What a finished run says of itself.
 
         Raises:
-            CheckpointError: if its checkpoints are gone.
+            CheckpointError: if its last checkpoint is damaged.
             RunError: if its files cannot be read.
         """
         facts = read_facts(run)
@@ -51,7 +51,7 @@ class TrainingRecord(ClosedTable):
             },
             model_sha256=facts["model_sha256"],
             image_shape=facts["image_shape"],
-            selected_epoch=selected_candidate(run).epoch,
+            selected_epoch=selected_candidate(run).epoch if run.checkpoint_steps() else None,
             training_seconds=training_seconds(run),
             trained_on=made_on(read_json(run.environment)),
         )

@@ -215,7 +215,8 @@ class TrainingFacts(_Table):
     num_training: int
     num_validation: int
     validation_index_sha256: str
-    selection: SelectionFacts
+    selection: SelectionFacts | None
+    """None: the checkpoints of the run, which record it, are gone."""
     teachers: tuple[TeacherRow, ...]
     environment: dict[str, Any]
 

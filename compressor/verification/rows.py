@@ -185,7 +185,9 @@ def _cost_row(candidate: _Candidate, latency: Latency, *, shape: tuple[int, int,
     )
 
 
-def _selection(run: RunDirectory, facts: Mapping[str, Any]) -> SelectionFacts:
+def _selection(run: RunDirectory, facts: Mapping[str, Any]) -> SelectionFacts | None:
+    if not run.checkpoint_steps():  # removed after training, to save disk
+        return None
     best = selected_candidate(run)
     return SelectionFacts(
         epoch=best.epoch,

@@ -858,7 +858,6 @@ TARGETS = {
         removed("run/run.json"), "verify run", "run/run.json is missing from the run"
     ),
     "with empty facts": row(written("{}", "run/run.json"), "verify run", "run.json", "again"),
-    "without checkpoints": row(removed("run/checkpoints"), VERIFY, "run has no checkpoint"),
     "without its environment": row(
         removed("run/environment.json"), VERIFY, "environment.json is missing", "copy it back"
     ),

@@ -929,9 +929,17 @@ def test_requests_that_contradict_themselves_are_refused(run, changes, message):
 
 def test_what_the_report_needs_is_missed_before_the_attacks(copy):
     """And not after hours."""
-    shutil.rmtree(copy.checkpoints)
-    with pytest.raises(CheckpointError, match="has no checkpoint"):
+    (copy.checkpoint(copy.checkpoint_steps()[-1]) / "train_state.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"train_state\.json"):
         prepare(request_for(copy.path))
+
+
+def test_checkpoints_may_go_after_training(copy):
+    """They are most of the disk that a run takes; the report says what it lacks."""
+    shutil.rmtree(copy.checkpoints)
+    report, files = verify(request_for(copy.path, attacks=("fgsm",), num_images=4))
+    assert report.training.selection is None
+    assert "the checkpoints of the run, which say more, are gone" in files.markdown.read_text()
 
 
 def test_environment_is_missed_before_the_attacks_too(copy):
