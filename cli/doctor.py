@@ -73,10 +73,10 @@ def _devices() -> dict[str, str]:
     from compressor.performance import multiplies_bfloat16
 
     cpu = torch.device("cpu")
-    units = "bfloat16 matrix units" if multiplies_bfloat16(cpu) else "no bfloat16 matrix units"
+    trained_in = "bfloat16" if multiplies_bfloat16(cpu) else "float32"
     threads = f"{torch.get_num_threads()} threads of {os.cpu_count()} cores"
     capability = torch.backends.cpu.get_cpu_capability()
-    found = {"cpu": f"{processor_name()}, {capability}, {units}, {threads}"}
+    found = {"cpu": f"{processor_name()}, {capability}, trains in {trained_in}, {threads}"}
     for number in range(torch.cuda.device_count()):
         device = torch.device("cuda", number)
         memory_gib = torch.cuda.get_device_properties(device).total_memory / 2**30

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.errors import DeviceError
-from compressor.performance import Performance
+from compressor.performance import Performance, has_matrix_units
 from compressor.performance_settings import PerformanceSettings
 
 _FEWEST_STEPS = 1000
@@ -49,8 +49,8 @@ def batch_size_to_compile(
 ) -> int | None:
     """Images of one batch on one rank if networks are to be compiled, else None.
 
-    By default they are where it was measured to pay: on CPUs with matrix units, in runs of at least
-    1,000 steps, if there is a compiler.
+    By default they are where it was measured to pay: in bfloat16 on CPUs with matrix units, in runs
+    of at least 1,000 steps, if there is a compiler. With AVX512_BF16 alone it gains 4 to 10 %.
 
     Of `batch_size` each rank gets its part. `num_steps` are those of the whole run, so that a
     resumed run decides as it did at first.
@@ -60,7 +60,8 @@ def batch_size_to_compile(
     """
     if settings.compile == "off":
         return None
-    pays = performance.has_matrix_units and num_steps >= _FEWEST_STEPS
+    is_bfloat16 = performance.training_dtype == torch.bfloat16
+    pays = is_bfloat16 and has_matrix_units(performance.device) and num_steps >= _FEWEST_STEPS
     if settings.compile == "auto" and not pays:
         return None
     problem = _why_not(performance.device)

@@ -36,7 +36,7 @@ class EvaluationView:
     def __init__(self, network: nn.Module, performance: Performance) -> None:
         self._performance = performance
         frozen = copy.deepcopy(network).eval()
-        if performance.has_matrix_units:
+        if performance.is_bfloat16_on_cpu:
             arrange_convolutions(frozen)
         self._module, self._pairs = _fold_graph(frozen, originals=dict(network.named_modules()))
         self._module.requires_grad_(False)  # noqa: FBT003 (torch's signature)

@@ -28,7 +28,7 @@ class Student:
 
     def __init__(self, network: nn.Module, performance: Performance) -> None:
         self.network = performance.place_network(network).train()
-        if performance.has_matrix_units:
+        if performance.is_bfloat16_on_cpu:
             arrange_convolutions(self.network)
         self.performance = performance
         self._view = EvaluationView(self.network, performance)

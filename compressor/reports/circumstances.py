@@ -104,7 +104,7 @@ def _cost(report: RobustnessReport) -> Section:
 def _training(facts: TrainingFacts) -> Section:
     chosen = facts.selection
     notes = [
-        "Selected on held-out training images; the checkpoints of the run, which say more, are gone."
+        "Selected on held-out training images; the checkpoints, which say more, are gone."
         if chosen is None
         else f"Selected: epoch {chosen.epoch} ({chosen.candidate}), clean "
         f"{count_text(chosen.clean)}, {count_text(chosen.robust)} under {chosen.attack}, on "

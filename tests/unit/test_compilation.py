@@ -18,7 +18,7 @@ from compressor.student import Student
 
 CPU = torch.device("cpu")
 PLAIN = Performance(device=CPU)
-WITH_UNITS = Performance(device=CPU, training_dtype=torch.bfloat16)
+SHORT = Performance(device=CPU, training_dtype=torch.bfloat16)
 SPEC = NetworkSpec(architecture="tiny", width=0.5, num_classes=4, image_shape=(3, 8, 8))
 
 
@@ -29,25 +29,28 @@ def compiler(monkeypatch):
 
     def machine(problem: str | None = None) -> list[object]:
         monkeypatch.setattr(compilation, "_why_not", lambda device: asked.append(device) or problem)
+        monkeypatch.setattr(compilation, "has_matrix_units", lambda device: True)
         return asked
 
     return machine
 
 
 @pytest.mark.parametrize(
-    ("setting", "performance", "num_steps", "expected"),
+    ("setting", "performance", "has_units", "num_steps", "expected"),
     [
-        ("auto", WITH_UNITS, 1000, 32),
-        ("auto", WITH_UNITS, 999, None),
-        ("auto", PLAIN, 1000, None),
-        ("off", WITH_UNITS, 1000, None),
-        ("on", PLAIN, 1, 32),
+        ("auto", SHORT, True, 1000, 32),
+        ("auto", SHORT, True, 999, None),
+        ("auto", SHORT, False, 1000, None),
+        ("auto", PLAIN, True, 1000, None),
+        ("off", SHORT, True, 1000, None),
+        ("on", PLAIN, False, 1, 32),
     ],
 )
 def test_by_default_long_runs_compile_where_it_pays(
-    compiler, setting, performance, num_steps, expected
+    compiler, monkeypatch, setting, performance, has_units, num_steps, expected
 ):
     compiler()
+    monkeypatch.setattr(compilation, "has_matrix_units", lambda device: has_units)
     settings = PerformanceSettings(compile=setting)
     size = batch_size_to_compile(settings, performance, batch_size=32, num_steps=num_steps)
     assert size == expected
@@ -71,14 +74,14 @@ def test_every_rank_compiles_for_its_part(compiler):
 def test_without_a_compiler_auto_goes_on_and_on_is_refused(compiler):
     compiler("no g++")
     sizes = {"batch_size": 32, "num_steps": 5000}
-    assert batch_size_to_compile(PerformanceSettings(), WITH_UNITS, **sizes) is None
+    assert batch_size_to_compile(PerformanceSettings(), SHORT, **sizes) is None
     with pytest.raises(DeviceError, match=r"\(no g\+\+\); install .* or give --compile off"):
-        batch_size_to_compile(PerformanceSettings(compile="on"), WITH_UNITS, **sizes)
+        batch_size_to_compile(PerformanceSettings(compile="on"), SHORT, **sizes)
 
 
 def test_a_short_run_asks_no_compiler(compiler):
     asked = compiler()
-    batch_size_to_compile(PerformanceSettings(), WITH_UNITS, batch_size=32, num_steps=10)
+    batch_size_to_compile(PerformanceSettings(), SHORT, batch_size=32, num_steps=10)
     assert asked == []
 
 

@@ -4,7 +4,12 @@ import pytest
 import torch
 
 from compressor.errors import DeviceError
-from compressor.performance import Performance, multiplies_bfloat16, resolve_performance
+from compressor.performance import (
+    Performance,
+    has_matrix_units,
+    multiplies_bfloat16,
+    resolve_performance,
+)
 from compressor.performance_settings import PerformanceSettings
 
 
@@ -24,9 +29,29 @@ def test_auto_takes_bfloat16_where_it_pays():
     assert found.training_dtype == (torch.bfloat16 if pays else torch.float32)
 
 
-def test_hidden_matrix_units_are_not_used(monkeypatch):
-    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX512_CORE")
-    assert resolve(device="cpu").training_dtype == torch.float32
+@pytest.mark.parametrize(
+    ("isa", "has_tiles", "has_products", "units", "is_fast"),
+    [
+        (None, True, True, True, True),
+        (None, False, True, False, True),
+        (None, False, False, False, False),
+        ("avx512_core_amx", True, True, True, True),
+        ("AVX512_CORE_BF16", True, True, False, True),
+        ("AVX512_CORE_BF16", True, False, False, False),
+        ("AVX512_CORE", True, True, False, False),
+    ],
+)
+def test_products_that_are_hidden_or_missing_are_not_used(
+    monkeypatch, isa, has_tiles, has_products, units, is_fast
+):
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    if isa:
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", isa)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_tiles)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_products)
+    assert has_matrix_units(torch.device("cpu")) == units
+    expected = torch.bfloat16 if is_fast else torch.float32
+    assert resolve(device="cpu").training_dtype == expected
 
 
 @pytest.mark.parametrize(

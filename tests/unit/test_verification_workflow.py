@@ -939,7 +939,7 @@ def test_checkpoints_may_go_after_training(copy):
     shutil.rmtree(copy.checkpoints)
     report, files = verify(request_for(copy.path, attacks=("fgsm",), num_images=4))
     assert report.training.selection is None
-    assert "the checkpoints of the run, which say more, are gone" in files.markdown.read_text()
+    assert "the checkpoints, which say more, are gone" in files.markdown.read_text()
 
 
 def test_environment_is_missed_before_the_attacks_too(copy):
