@@ -74,7 +74,8 @@ evidence-cifar10: install
 	  --images 48 --square \
 	  --write docs/results/healthy-models.md
 
-# Hours: every file is attacked on 2,000 test images. What is finished is kept in $(RUN)/evidence.
+# Hours: every file is attacked on 2,000 test images. Parts that are finished are kept in
+# $(RUN)/evidence, whole files in docs/results.
 evidence-export: install
 	@test -n '$(CIFAR10)' || { echo 'usage: make $@ CIFAR10=folder RUN=folder'; exit 2; }
 	$(BIN)/python tests/evidence/export_agreement.py --data 'imagefolder:$(CIFAR10)' \
@@ -86,7 +87,8 @@ evidence-export: install
 	  --work $(RUN)/evidence --rows docs/results/export-$(notdir $(RUN)) \
 	  --write docs/results/export-$(notdir $(RUN)).md
 
-# Hours. What is finished is never done again; all but the weights is kept in git, image by image.
+# Hours. What is finished is never done again; what was measured is kept in git, image by image,
+# and runs with their weights beside it, ignored by git.
 COMPARE = $(BIN)/robust-compress compare examples/comparisons/$(1).toml --out docs/results/$(1) \
   --data 'imagefolder:$(CIFAR10)' \
   --set 'teachers.0.source=resnet18:$(TEACHERS)/clean_resnet18_w0.5.safetensors' \
@@ -94,13 +96,16 @@ COMPARE = $(BIN)/robust-compress compare examples/comparisons/$(1).toml --out do
 SHARED_ROBUST = --set 'teachers.1.source=$(ROBUST_TEACHER)'
 
 METHODS_RUNS = docs/results/cifar10-methods/runs
+ABLATION = bmtard-baseline mtard bmtard-ebb bmtard
 
 evidence-methods: install
 	$(NEEDS_CIFAR10)
 	$(call COMPARE,cifar10-methods,$(SHARED_ROBUST))
-	$(if $(wildcard $(METHODS_RUNS)/bmtard-seed0),$(BIN)/python tests/evidence/ablation_curves.py \
-	  $(foreach name,bmtard-baseline mtard bmtard-ebb bmtard,$(name)=$(METHODS_RUNS)/$(name)-seed0) \
-	  --write docs/results/cifar10-methods/ablation.md)
+	if ls $(foreach name,$(ABLATION),$(METHODS_RUNS)/$(name)-seed0/metrics.jsonl) > /dev/null; then \
+	  $(BIN)/python tests/evidence/ablation_curves.py \
+	    $(foreach name,$(ABLATION),$(name)=$(METHODS_RUNS)/$(name)-seed0) \
+	    --write docs/results/cifar10-methods/ablation.md; \
+	else echo 'the runs of the ablation are gone: ablation.md stays as it is'; fi
 
 evidence-fast: install
 	$(NEEDS_CIFAR10)

@@ -77,7 +77,7 @@ def compare(
 ) -> None:
     """Train students by several methods under one protocol, attack them, and test the differences.
 
-    Same images, teachers, student, epochs and attacks; what is finished is never done again, so
+    Same images, teachers, student, training and attacks; what is finished is never done again, so
     the same command goes on after an interruption. For example with a recipe, and with a file:
 
     `robust-compress compare examples/recipes/cifar10-small.toml --methods bmtard,trades,pgd_at
@@ -132,11 +132,12 @@ def compare(
 
 def _compare(prepared: "PreparedComparison", output: Output) -> None:
     from cli.comparison_display import comparison_display, print_result, run_line
-    from compressor.comparison_workflow import compare as run
+    from compressor.comparison_workflow import compare as compare_runs
+    from compressor.run_directory import RunDirectory
 
     with comparison_display(output) as observe:
         try:
-            result = run(
+            result = compare_runs(
                 prepared,
                 observe=observe,
                 on_run=lambda finished: output.say(run_line(finished)),
@@ -158,7 +159,8 @@ def _compare(prepared: "PreparedComparison", output: Output) -> None:
         for run in row.runs
         if run.status == "measured"
     ]
-    there = [folder.run(name) for name in measured if folder.run(name).is_dir()]
+    runs = [RunDirectory(folder.run(name)) for name in measured]
+    there = [run.path for run in runs if run.model.is_file()]
     output.next_command(
         f"robust-compress verify {shlex.quote(str(there[0]))}"
         if there

@@ -12,7 +12,8 @@ from compressor.comparison.estimate import (
 from compressor.comparison.folder import ComparisonFolder
 from compressor.comparison.measuring import ImageCounts, MeasuringWatchers
 from compressor.comparison.passes import Passes, count_passes
-from compressor.comparison.plan import ComparisonPlan, PlannedRun
+from compressor.comparison.plan import ComparisonPlan
+from compressor.comparison.planned import PlannedRun
 from compressor.comparison.progress import Clock, ComparisonProgress
 from compressor.comparison.result import ComparisonResult, write_result
 from compressor.comparison.runs import (
@@ -96,7 +97,8 @@ def prepare_comparison(
         device=performance.device,
         download=how.download,
     )
-    refuse_small_batches(recipe, data, num_ranks=1)
+    for method in plan.methods:
+        refuse_small_batches(method.recipe, data, num_ranks=1)
     test = open_source(recipe.data, part="test", download=how.download)
     teachers = _load_all_teachers(plan, data, performance)
     materials = Materials(

@@ -108,19 +108,23 @@ def _timed_steps(training: Training) -> Iterator[float]:
     """
     batches = _endless_batches(training)
     method_state = training.method.initial_state()
+    num_taken = NUM_MOMENTS * (_NUM_WARM_UP + STEPS_PER_MOMENT)
+    groups = training.groups  # at least one whole one, so that the weights change and momentum is
+    in_epoch = max(0, min(groups.size, groups.num_batches) - num_taken)
     for moment in range(NUM_MOMENTS):
         fraction = (moment + 0.5) / NUM_MOMENTS
         step = int(fraction * training.num_steps)
         state = TrainState(
             step=step,
             epoch=step // training.steps_per_epoch,
-            batch_in_epoch=0,
+            batch_in_epoch=in_epoch,
             method_state=method_state,
         )
         for place in range(-_NUM_WARM_UP, STEPS_PER_MOMENT):
             began_at_seconds = time.perf_counter()
             _, method_state = take_step(training, next(batches), state)
-            state = replace(state, method_state=method_state)
+            in_epoch = (in_epoch + 1) % groups.num_batches
+            state = replace(state, batch_in_epoch=in_epoch, method_state=method_state)
             if place >= 0:
                 yield time.perf_counter() - began_at_seconds
 

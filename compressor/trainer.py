@@ -13,6 +13,7 @@ from torch import nn
 
 from compressor.architectures.shared_batch_norm import average_statistics
 from compressor.augmentation import Augmentation
+from compressor.batch_groups import BatchGroups
 from compressor.checkpoint import (
     Best,
     Candidate,
@@ -77,6 +78,12 @@ class Training:
     def steps_per_epoch(self) -> int:
         """Batches of one epoch, the last smaller one included."""
         return self.num_steps // self.recipe.training.epochs
+
+    @property
+    def groups(self) -> BatchGroups:
+        """Of batches between two changes of the weights."""
+        size = self.recipe.training.accumulate_batches
+        return BatchGroups(size=size, num_batches=self.steps_per_epoch)
 
     @property
     def num_steps(self) -> int:
@@ -160,7 +167,7 @@ def _train_epoch(training: Training, state: TrainState) -> TrainState:
             training.observe(
                 StepDone(step=state.step, epoch=state.epoch + 1, values=values | speed)
             )
-        if _is_amid_group(training, state):
+        if training.groups.is_amid(state.batch_in_epoch):
             continue  # gradients that are not yet used are in no checkpoint
         if time.monotonic() - saved_at_seconds > 60 * training.settings.checkpoint_every_minutes:
             _save(training, state)
@@ -203,27 +210,13 @@ def take_step(
     learning_rate = recipe.training.learning_rate * factor
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
-    place, num_in_group = _place_in_group(training, state)
+    place, num_in_group = training.groups.place(state.batch_in_epoch)
     if place == 0:
         optimizer.zero_grad(set_to_none=True)
     (result.loss / num_in_group).backward()  # type: ignore[no-untyped-call]
     if place == num_in_group - 1:
         _change_weights(training)
     return {**result.logged, "learning_rate_per_step": learning_rate}, method_state
-
-
-def _place_in_group(training: Training, state: TrainState) -> tuple[int, int]:
-    """Which of the batches whose gradients are added up this is, and how many there are."""
-    size = training.recipe.training.accumulate_batches
-    place = state.batch_in_epoch % size
-    num_left = training.steps_per_epoch - (state.batch_in_epoch - place)
-    return place, min(size, num_left)
-
-
-def _is_amid_group(training: Training, state: TrainState) -> bool:
-    """Whether some of the gradients for the next change of the weights are there already."""
-    is_over = state.batch_in_epoch == training.steps_per_epoch
-    return not is_over and state.batch_in_epoch % training.recipe.training.accumulate_batches > 0
 
 
 def _change_weights(training: Training) -> None:

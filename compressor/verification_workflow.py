@@ -115,8 +115,12 @@ def _verify(
                     "smaller number"
                 ) from None
         assert found is not None  # noqa: S101
+        finished = ranks.gather(journal.outcomes)
+        if ranks.is_first:
+            for outcomes in finished:
+                journal.absorb(outcomes)
+        ranks.wait()  # until all is in the journal of the first, which may go on for hours
         written = conclude(prepared, subject, found, tell=tell) if ranks.is_first else None
-    ranks.wait()  # for the report
     if found.is_complete:
         journal.remove()
     return written

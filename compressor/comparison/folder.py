@@ -7,7 +7,8 @@ A comparison on disk::
     failures/LABEL-seed0.json    why a run ended without weights
     comparison.json  comparison.md  comparison.csv  comparison.tex  comparison.svg
 
-A run that is measured may be removed: the tables need what lies beside it alone.
+A run that is measured may be removed: with the data and the teachers, what lies beside it is enough
+for the tables.
 """
 
 from dataclasses import dataclass

@@ -6,52 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+from compressor.comparison.notes import notes_on
+from compressor.comparison.planned import PlannedMethod, PlannedRun
 from compressor.comparison.request import ComparisonRequest, MethodEntry, VerificationTable
 from compressor.errors import RecipeError, UsageError
 from compressor.method_recipes import MethodRecipe
-from compressor.method_table import InnerAttackRecipe, MethodTable
-from compressor.recipe import Recipe, TeacherRecipe
+from compressor.method_table import MethodTable
+from compressor.recipe import TeacherRecipe
 from compressor.recipe_file import apply_override, parse_recipe, read_table
-from compressor.threat import format_pixels
 
 _BUDGET = ("num_steps", "step_size_pixels")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlannedMethod:
-    """One row of the comparison."""
-
-    label: str
-    recipes: tuple[Recipe, ...]
-    """One per seed; all else is the same."""
-    teachers: str
-    """Which of the base's teachers it takes, and which it leaves."""
-    origin: str
-    """Where the values of its table come from."""
-
-    @property
-    def recipe(self) -> Recipe:
-        """Of the first seed."""
-        return self.recipes[0]
-
-    @property
-    def attack(self) -> InnerAttackRecipe | None:
-        """The inner attack, if it has one."""
-        attack = getattr(self.recipe.method, "attack", None)
-        return attack if isinstance(attack, InnerAttackRecipe) else None
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlannedRun:
-    """One method with one seed."""
-
-    label: str
-    recipe: Recipe
-
-    @property
-    def name(self) -> str:
-        """Of its folder."""
-        return f"{self.label}-seed{self.recipe.seed}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,14 +78,25 @@ def make_plan(request: ComparisonRequest, *, overrides: Sequence[str] = ()) -> C
         methods=tuple(methods),
         reference=reference,
         verification=request.verification,
-        notes=_notes(methods),
+        notes=notes_on(methods),
     )
 
 
 def _refuse_lost_settings(
     request: ComparisonRequest, base: Mapping[str, Any], overrides: Sequence[str]
 ) -> None:
-    """Of the base's method nobody reads more than the budget, unless it is compared itself."""
+    """Of the base's method nobody reads more than the budget, unless it is compared itself.
+
+    And what a method says of its own training is not changed from outside.
+    """
+    for override in overrides:
+        key = override.partition("=")[0].strip()
+        own = [e.shown_label for e in request.methods if key in _training_keys(e)]
+        if own:
+            raise UsageError(
+                f"--set {key} does not reach {', '.join(own)}, whose {key} is in the comparison "
+                "file; change it there"
+            )
     method = base.get("method")
     name = method.get("name") if isinstance(method, dict) else None
     if name in {entry.name for entry in request.methods}:
@@ -134,6 +109,10 @@ def _refuse_lost_settings(
                 f"--set {key} changes {name}, which is not compared; use settings in a comparison "
                 "file"
             )
+
+
+def _training_keys(entry: MethodEntry) -> set[str]:
+    return {f"training.{key}" for key in entry.training}
 
 
 def _own_method(base: Mapping[str, Any]) -> dict[str, Any]:
@@ -270,31 +249,6 @@ def _teacher_text(teachers: Sequence[TeacherRecipe], *, num_left: int) -> str:
     names = [f"{t.role} {Path(t.source.rpartition(':')[2]).name}" for t in teachers]
     left = f" ({num_left} of the base left out)" if num_left else ""
     return (", ".join(names) or "none") + left
-
-
-def _notes(methods: Sequence[PlannedMethod]) -> tuple[str, ...]:
-    notes = []
-    budgets: dict[tuple[int, float], list[str]] = {}
-    for method in methods:
-        if method.attack is not None:
-            quarter = method.recipe.threat.epsilon_pixels / 4
-            size = round(method.attack.step_size_pixels or quarter, 9)
-            budgets.setdefault((method.attack.num_steps, size), []).append(method.label)
-    if len(budgets) > 1:
-        said = "; ".join(
-            f"{', '.join(labels)}: {num_steps} steps of {format_pixels(size)}"
-            for (num_steps, size), labels in budgets.items()
-        )
-        notes.append(f"Inner attacks differ in their budget ({said}).")
-    if any(method.recipe.training != methods[0].recipe.training for method in methods):
-        said = ", ".join(f"{m.label} {m.recipe.training.epochs}" for m in methods)
-        notes.append(f"Methods are not trained alike (epochs: {said}); compare their costs too.")
-    counts = {len(method.recipes) for method in methods}
-    if len(counts) > 1:
-        notes.append("Methods have different numbers of seeds; pairs are of those in common.")
-    if max(counts) == 1:
-        notes.append("One seed: no spread is known, and a difference may be the seed's.")
-    return tuple(notes)
 
 
 def _method_tables() -> dict[str, type[MethodTable]]:

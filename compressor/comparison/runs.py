@@ -15,7 +15,7 @@ from compressor.comparison.measuring import (
     find_measured,
     measure,
 )
-from compressor.comparison.plan import PlannedRun
+from compressor.comparison.planned import PlannedRun
 from compressor.comparison.training_record import TrainingRecord, find_record, write_record
 from compressor.errors import (
     CheckpointError,
@@ -190,15 +190,7 @@ class _Known:
 
 def _find(planned: PlannedRun, folder: ComparisonFolder, materials: Materials) -> _Known:
     run = find_training(planned, folder, materials)
-    record = (
-        TrainingRecord.of(run)
-        if run is not None
-        else find_record(
-            folder.training(planned.name),
-            recipe_id=planned.recipe.recipe_id,
-            made_from=_expected(planned, materials),
-        )
-    )
+    record = _find_record(planned, folder, materials, run=run)
     if record is None:
         return _Known(run=run, record=None, measured=Measured())
     measured = find_measured(
@@ -210,6 +202,28 @@ def _find(planned: PlannedRun, folder: ComparisonFolder, materials: Materials) -
         test_sha256=materials.test_sha256,
     )
     return _Known(run=run, record=record, measured=measured)
+
+
+def _find_record(
+    planned: PlannedRun, folder: ComparisonFolder, materials: Materials, *, run: RunDirectory | None
+) -> TrainingRecord | None:
+    """The kept one first: of the run itself a part may have been removed since."""
+    place = folder.training(planned.name)
+    kept = find_record(place)
+    if run is not None:
+        is_of_it = kept is not None and kept.model_sha256 == read_facts(run)["model_sha256"]
+        return kept if is_of_it else TrainingRecord.of(run)
+    if kept is None:
+        return None
+    if kept.recipe_id != planned.recipe.recipe_id:
+        what = "another recipe"
+    elif kept.made_from != _expected(planned, materials):
+        what = "other training images or teachers"
+    else:
+        return kept
+    raise CheckpointError(
+        f"{place} is of {what}; choose another folder with --out, or remove its folder"
+    )
 
 
 def _train(

@@ -7,7 +7,8 @@ from typing import Any
 
 from compressor.comparison.measuring import ImageCounts
 from compressor.comparison.passes import Passes
-from compressor.comparison.plan import ComparisonPlan, PlannedMethod
+from compressor.comparison.plan import ComparisonPlan
+from compressor.comparison.planned import PlannedMethod
 from compressor.comparison.result import (
     METRICS,
     SIGNIFICANCE,

@@ -1,6 +1,5 @@
 """What a comparison keeps of a training, so that its weights may go once they are measured."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -77,12 +76,9 @@ def write_record(path: Path, record: TrainingRecord) -> None:
     write_json_atomically(path, record.model_dump(mode="json"))
 
 
-def find_record(
-    path: Path, *, recipe_id: str, made_from: Mapping[str, Any]
-) -> TrainingRecord | None:
-    """The record of this very training, if it is there."""
+def find_record(path: Path) -> TrainingRecord | None:
+    """What an earlier call has kept, if it is there and can be read."""
     try:
-        found = TrainingRecord.model_validate(read_json(path))
+        return TrainingRecord.model_validate(read_json(path))
     except (RunError, ValidationError):
         return None
-    return found if (found.recipe_id, found.made_from) == (recipe_id, made_from) else None

@@ -113,7 +113,7 @@ class Prepared:
             "content_sha256": self.split.content_sha256,
             "index_sha256": self.split.index_sha256,
             "number_format": str(self.performance.training_dtype),
-            "device": str(self.performance.device),
+            "device": self.performance.device.type,
             "teachers": [teacher.sha256 for teacher in self.teachers],
         }
         if self.request.provider != "cpu":

@@ -45,7 +45,7 @@ def refuse_stale(prepared: Prepared, made: Sequence[ExportedModel]) -> None:
 
 
 def refuse_unproven(made: Sequence[ExportedModel]) -> None:
-    """A bundle says that its files are as robust as their network.
+    """A bundle says that its ONNX files are as robust as their network.
 
     Raises:
         BundleError: naming a file of which that was not shown.

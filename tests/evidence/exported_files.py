@@ -4,7 +4,8 @@ Each file and the network are verified on many test images: by APGD-CE and APGD-
 through the file's differentiable twin, and by what fools the network tried on the file. On some of
 them Square asks the file itself, alone: in a verification it would only meet what transferred
 images left standing. What is finished is kept and not repeated: a part of a file in the folder
-`--work`, a whole file in the folder `--rows`, image by image, so that the reports may go.
+`--work`, a whole file in the folder `--rows`, image by image, so that the reports may go. Remove
+both where an attack has changed under one version.
 
     python tests/evidence/exported_files.py --run RUN --data imagefolder:FOLDER --work FOLDER \
         --rows docs/results/export-cifar10-small --write docs/results/export-cifar10-small.md
@@ -121,7 +122,6 @@ def _kept_row(name: str, path: Path, run: RunDirectory, options: argparse.Namesp
     table = read_json(kept) if kept.is_file() else {}
     if table.get("facts") != facts:
         row = _row(name, path, shipped, sha256, options)
-        kept.parent.mkdir(parents=True, exist_ok=True)
         write_json_atomically(kept, {"facts": facts, "row": asdict(row)})
         table = read_json(kept)
     return TypeAdapter(Row).validate_python(table["row"])
@@ -169,7 +169,8 @@ def _verified(name: str, request: VerificationRequest) -> RobustnessReport:
         except RunError:
             print(f"{name}: {found[0]} is damaged; again", flush=True)  # noqa: T201
         else:
-            if report.data.content_sha256 == prepared.split.content_sha256:
+            is_of_these = report.data.content_sha256 == prepared.split.content_sha256
+            if is_of_these and report.environment["robust-compress"] == __version__:
                 return report
     tell = lambda text: print(f"{name}: {text}", flush=True)  # noqa: E731, T201
     return verify(request, tell=tell)[0]
@@ -184,7 +185,6 @@ def _square(name: str, request: VerificationRequest) -> dict[int, bool]:
     facts = {"content_sha256": prepared.split.content_sha256, "version": __version__}
     table = read_json(kept) if kept.is_file() else {}
     if table.get("facts") != facts:
-        kept.parent.mkdir(parents=True, exist_ok=True)
         journal = prepared.journal()
         with prepared.subject() as subject:
             *_, found = attack_chunks(subject, prepared.split, prepared.plan, journal=journal)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from compressor.batch_groups import BatchGroups
 from compressor.checkpoint import TrainState
 from compressor.errors import InterruptedRunError
 from compressor.interruption import StopWish
@@ -56,7 +57,7 @@ def test_the_mean_of_the_gradients_of_a_group_is_what_changes_the_weights():
         tensors=SimpleNamespace(optimizer=optimizer, average=None),
         recipe=recipe,
         num_steps=2 * STEPS_PER_EPOCH,
-        steps_per_epoch=STEPS_PER_EPOCH,
+        groups=BatchGroups(size=2, num_batches=STEPS_PER_EPOCH),
         fraction_before=0.0,
         ranks=Ranks(),
         method=Squares(),

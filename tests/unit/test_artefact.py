@@ -171,12 +171,18 @@ def test_a_file_that_cannot_answer_is_no_matter_of_its_twin(file_of):
         checked_twin(model, [images()])
 
 
+def noise_of(logits_NK):
+    """One for the first class of each image, none for the others, times the largest."""
+    return logits_NK.abs().max() * (torch.arange(logits_NK.shape[1]) == 0)
+
+
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
         (lambda logits: logits, False),
-        (lambda logits: logits + 1e-4 * logits.abs().max(), False),
-        (lambda logits: logits + 2e-3 * logits.abs().max(), True),
+        (lambda logits: logits + 1e-4 * noise_of(logits), False),
+        (lambda logits: logits + 4e-3 * noise_of(logits), True),
+        (lambda logits: logits + 1, False),  # one constant on all classes is the same answer
         (lambda logits: logits * torch.nan, True),
     ],
 )
@@ -185,9 +191,25 @@ def test_a_file_rounds_if_it_is_more_than_its_source_written_down(file_of, chang
     assert rounds(model, lambda x_NCHW: change(model(x_NCHW)), [images()]) == expected
 
 
+def test_large_logits_do_not_hide_that_a_file_rounds():
+    def source(x_NCHW):
+        return 1000 + x_NCHW.flatten(1)[:, :10]
+
+    def file(x_NCHW):
+        return (8 * source(x_NCHW)).round() / 8
+
+    assert rounds(file, source, [images()])
+    assert not rounds(source, source, [images()])
+
+
 def test_one_batch_is_enough_to_round(file_of):
     model, changes = file_of(), iter([0.0, 0.0, 1.0])
-    assert rounds(model, lambda x_NCHW: model(x_NCHW) + next(changes), [images(4)] * 3)
+
+    def changed(x_NCHW):
+        logits_NK = model(x_NCHW)
+        return logits_NK + next(changes) * noise_of(logits_NK)
+
+    assert rounds(model, changed, [images(4)] * 3)
 
 
 def test_compared_images_are_spread_over_the_split():

@@ -242,6 +242,24 @@ training = { epochs = 1 }
     (note,) = (note for note in plan.notes if "alike" in note)
     assert "(epochs: long 3, short 1)" in note
     assert not any("alike" in note for note in plan_of(folder / "base.toml", "trades").notes)
+    request = read_request(folder / "unequal.toml", names=None)
+    with pytest.raises(
+        UsageError, match=r"training\.epochs does not reach short, .*change it there"
+    ):
+        make_plan(request, overrides=["training.epochs=9"])
+    assert make_plan(request, overrides=["training.batch_size=64"])
+
+
+def test_attacks_that_change_along_the_run_are_named(folder):
+    rows = ("first_num_steps = 2", "begins_at = 0.3", "first_num_steps = 7")
+    entries = "".join(
+        f"""[[methods]]\nname = "trades"\nlabel = "{label}"\nsettings.attack = {{ {row} }}\n"""
+        for label, row in zip("abc", rows, strict=True)
+    )
+    (folder / "growing.toml").write_text(f"""[base]\nrecipe = "base.toml"\n{entries}""")
+    (note,) = [note for note in plan_of(folder / "growing.toml").notes if "budget" in note]
+    assert "a: 7 steps of 2/255, growing from 2 until 0.8 of the run; b: 7 steps of" in note
+    assert "b: 7 steps of 2/255, none before 0.3 of it; c: 7 steps of 2/255)" in note
 
 
 def test_a_schedule_of_another_kind_takes_the_place_of_the_one_below(folder):

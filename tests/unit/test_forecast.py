@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 import compressor.forecast
 from compressor.errors import RunError
@@ -104,6 +105,17 @@ def test_what_is_slow_once_in_a_part_of_the_run_is_not_multiplied(monkeypatch, t
     found = forecast_run(recipe_of(), SETTINGS, out=tmp_path / "run")
     assert asked == [5]
     assert found.step_seconds_range[1] < 1
+
+
+@pytest.mark.parametrize(("size", "num_changes"), [(1, 30), (4, 7), (40, 1)])
+def test_the_weights_change_as_in_the_run(monkeypatch, tmp_path, size, num_changes):
+    """Momentum and the average take memory from the first change on; ten batches an epoch."""
+    changed, original = [], torch.optim.SGD.step
+    monkeypatch.setattr(torch.optim.SGD, "step", lambda *args: changed.append(1) or original(*args))
+    epochs = 10 if size < 40 else 40
+    recipe = recipe_of(accumulate_batches=size, epochs=epochs)
+    forecast_run(recipe, SETTINGS, out=tmp_path / "run")
+    assert len(changed) >= num_changes
 
 
 def test_a_run_that_would_be_refused_has_no_forecast(tmp_path):

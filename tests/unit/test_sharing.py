@@ -6,15 +6,17 @@ tests/workflow/test_ranks.py.
 
 import copy
 import signal
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from compressor import trainer
+from compressor import trainer, verification_workflow
 from compressor.architectures.shared_batch_norm import SharedBatchNorm2d, average_statistics
 from compressor.augmentation import Augmentation
+from compressor.batch_groups import BatchGroups
 from compressor.checkpoint import TrainState
 from compressor.data import Batch, load_training_data, training_batches
 from compressor.errors import (
@@ -146,7 +148,7 @@ def test_they_are_averaged_where_each_has_its_own(monkeypatch, batch_norm, is_av
         tensors=SimpleNamespace(optimizer=optimizer, average=None),
         recipe=recipe_with(batch_norm=batch_norm),
         num_steps=9,
-        steps_per_epoch=9,
+        groups=BatchGroups(size=1, num_batches=9),
         fraction_before=0.0,
         ranks=Ranks(),
         method=SimpleNamespace(step=lambda *_: (result, None)),
@@ -224,3 +226,45 @@ def test_a_layer_whose_ranks_have_a_group_of_hosts_can_be_copied():
     ranks = Ranks(rank=0, num_ranks=2, control=Uncopied())
     layer = copy.deepcopy(SharedBatchNorm2d(torch.nn.BatchNorm2d(3), ranks))
     assert layer._ranks is ranks
+
+
+class OneOfTwo(Ranks):
+    """One of two, alone; notes what it was asked to do with the other."""
+
+    def __init__(self, rank):
+        super().__init__(rank=rank, num_ranks=2)
+        object.__setattr__(self, "said", [])
+
+    def gather(self, value):
+        self.said.append("gather")
+        return [value, OF_THE_OTHER]
+
+    def wait(self):
+        self.said.append("wait")
+
+
+OF_THE_OTHER = ("of the other",)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_nobody_waits_for_the_report_of_the_first(monkeypatch, rank):
+    """Checks and curves may take longer than ranks wait for each other; nothing is lost by it."""
+    ranks, kept = OneOfTwo(rank), []
+    journal = SimpleNamespace(
+        outcomes=("own",), absorb=kept.extend, remove=lambda: ranks.said.append("remove")
+    )
+    prepared = SimpleNamespace(
+        journal=lambda _: journal, subject=lambda: nullcontext("subject"), split=None, plan=None
+    )
+    found = SimpleNamespace(is_complete=True)
+    monkeypatch.setattr(verification_workflow, "attack_chunks", lambda *_, **__: [found])
+    monkeypatch.setattr(
+        verification_workflow,
+        "conclude",
+        lambda *_, **__: ranks.said.append("report") or "written",
+    )
+    nothing = {"observe": lambda _: None, "tell": lambda _: None}
+    written = verification_workflow._verify(prepared, ranks, **nothing)
+    assert ranks.said == ["gather", "wait", *(["report"] if rank == 0 else []), "remove"]
+    assert kept == (["own", "of the other"] if rank == 0 else [])
+    assert written == ("written" if rank == 0 else None)

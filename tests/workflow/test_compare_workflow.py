@@ -209,6 +209,7 @@ def test_killed_interrupted_and_gone_on_with(folder):
     check_w_robust(result, folder)
     check_other_reports_are_not_taken(folder)
     check_weights_may_go(result, folder)
+    check_what_was_kept_stays_better(result, folder)
 
 
 def found_of(place, name, images):
@@ -273,9 +274,24 @@ def check_weights_may_go(result, folder):
     shutil.copy(ComparisonFolder(folder / "out").clean(name), place.clean(name))
     record = read_json(place.training(name))
     others = record["made_from"] | {"training_content_sha256": "0" * 64}
-    for change in ({"recipe_id": "0"}, {"made_from": others}, {"model_sha256": "0" * 64}):
+    place.training(name).write_text(json.dumps(record | {"model_sha256": "0" * 64}))
+    assert left(prepared(folder, out="kept")) == anew
+    for change, said in (
+        ({"recipe_id": "0"}, r"training\.json is of another recipe; choose another"),
+        ({"made_from": others}, r"training\.json is of other training images or teachers"),
+    ):
         place.training(name).write_text(json.dumps(record | change))
-        assert left(prepared(folder, out="kept")) == anew, change
+        with pytest.raises(CheckpointError, match=said):
+            prepared(folder, out="kept")
+
+
+def check_what_was_kept_stays_better(result, folder):
+    """Without its checkpoints a run knows no longer which epoch was chosen."""
+    place, name = ComparisonFolder(folder / "out"), "trades-seed0"
+    shutil.move(RunDirectory(place.run(name)).checkpoints, folder / "checkpoints")
+    again, _ = run(prepared(folder))
+    assert again == result
+    shutil.move(folder / "checkpoints", RunDirectory(place.run(name)).checkpoints)
 
 
 def check_result(result):
