@@ -17,7 +17,8 @@ from compressor.augmentation import Augmentation
 from compressor.checkpoint import TrainState
 from compressor.data import Batch, training_batches
 from compressor.selection import measure_on_validation
-from compressor.trainer import Training, is_validation_due, take_step
+from compressor.trainer import is_validation_due
+from compressor.training_step import Training, take_step
 
 NUM_MOMENTS = 10
 STEPS_PER_MOMENT = 2

@@ -37,8 +37,9 @@ from compressor.run_directory import RunDirectory, read_facts, write_json_atomic
 from compressor.schedules import num_steps_of
 from compressor.student import Student
 from compressor.teacher import Teacher
-from compressor.trainer import Training, fit, trained_tensors
+from compressor.trainer import fit
 from compressor.training_preparation import load_teachers
+from compressor.training_step import Training, trained_tensors
 from compressor.training_workflow import writing_metrics
 from compressor.weights import sha256_of_file
 

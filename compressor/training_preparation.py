@@ -23,7 +23,7 @@ from compressor.student import Student
 from compressor.teacher import Teacher
 from compressor.teacher_check import TeacherCheck, check_teacher
 from compressor.teachers import load_teacher
-from compressor.trainer import Training, trained_tensors
+from compressor.training_step import Training, trained_tensors
 
 _TEACHER_CHECK_IMAGES = 512
 _TEACHER_CHECK_BATCH = 64

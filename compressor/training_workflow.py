@@ -28,13 +28,14 @@ from compressor.run_facts import (
     with_absolute_paths,
 )
 from compressor.teacher_check import TeacherCheck, refuse_unfit
-from compressor.trainer import Training, fit
+from compressor.trainer import fit
 from compressor.training_preparation import (
     check_teachers,
     network_spec,
     prepare_training,
     student_network,
 )
+from compressor.training_step import Training
 from compressor.weights import sha256_of_file
 
 

@@ -42,7 +42,7 @@ from compressor.selection import measure_on_validation
 from compressor.student import Student
 from compressor.teacher import Teacher
 from compressor.threat import ThreatModel
-from compressor.trainer import Training, take_step, trained_tensors
+from compressor.training_step import Training, take_step, trained_tensors
 from compressor.training_workflow import TrainingRequest, train
 from compressor.verification.journal import Journal
 from compressor.verification.request import VerificationRequest

@@ -15,7 +15,7 @@ from compressor.metrics import CheckpointSaved, StepDone
 from compressor.performance_settings import PerformanceSettings
 from compressor.ranks import Ranks
 from compressor.recipe_file import parse_recipe
-from compressor.trainer import take_step
+from compressor.training_step import take_step
 from compressor.training_workflow import TrainingRequest, train
 
 STEPS_PER_EPOCH = 5

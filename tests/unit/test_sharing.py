@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from compressor import trainer, verification_workflow
+from compressor import trainer, training_step, verification_workflow
 from compressor.architectures.shared_batch_norm import SharedBatchNorm2d, average_statistics
 from compressor.augmentation import Augmentation
 from compressor.batch_groups import BatchGroups
@@ -141,7 +141,7 @@ def test_statistics_of_own_images_are_averaged():
 )
 def test_they_are_averaged_where_each_has_its_own(monkeypatch, batch_norm, is_averaged):
     asked, network = [], nn.Linear(1, 1)
-    monkeypatch.setattr(trainer, "average_statistics", lambda *_: asked.append(1))
+    monkeypatch.setattr(training_step, "average_statistics", lambda *_: asked.append(1))
     result = StepResult(loss=network(torch.ones(1, 1)).sum(), logged={"loss_nats": 0.0})
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
     training = SimpleNamespace(
@@ -154,7 +154,7 @@ def test_they_are_averaged_where_each_has_its_own(monkeypatch, batch_norm, is_av
         method=SimpleNamespace(step=lambda *_: (result, None)),
         student=SimpleNamespace(network=network),
     )
-    trainer.take_step(training, None, NOT_YET)
+    training_step.take_step(training, None, NOT_YET)
     assert bool(asked) is is_averaged
 
 
