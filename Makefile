@@ -101,7 +101,7 @@ ABLATION = bmtard-baseline mtard bmtard-ebb bmtard
 evidence-methods: install
 	$(NEEDS_CIFAR10)
 	$(call COMPARE,cifar10-methods,$(SHARED_ROBUST))
-	if ls $(foreach name,$(ABLATION),$(METHODS_RUNS)/$(name)-seed0/metrics.jsonl) > /dev/null; then \
+	if ls $(foreach name,$(ABLATION),$(METHODS_RUNS)/$(name)-seed0/metrics.jsonl) > /dev/null 2>&1; then \
 	  $(BIN)/python tests/evidence/ablation_curves.py \
 	    $(foreach name,$(ABLATION),$(name)=$(METHODS_RUNS)/$(name)-seed0) \
 	    --write docs/results/cifar10-methods/ablation.md; \

@@ -21,6 +21,11 @@ def cross_entropy(logits_NK: Tensor, y_N: Tensor) -> Tensor:
     return F.cross_entropy(logits_NK, y_N, reduction="none")
 
 
+def centred(logits: Tensor) -> Tensor:
+    """Logits [..., K] less their mean over the classes: one constant on all changes no answer."""
+    return logits - logits.mean(dim=-1, keepdim=True)
+
+
 def margin(logits_NK: Tensor, y_N: Tensor) -> Tensor:
     """Largest wrong logit minus the logit of the label, shape [N]; above 0 where fooled.
 

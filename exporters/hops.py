@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from compressor.data import Batch
+from compressor.losses import centred
 from compressor.paired_difference import PairedDrop
 from compressor.proportions import Proportion
 from exporters.budget import DEFAULT_BUDGET, Budget
@@ -151,16 +152,16 @@ class _Comparison:
     @property
     def difference(self) -> float:
         """Largest of any logit; NaN if one is not a number."""
-        return float((_centred(self.source_2NK) - _centred(self.file_2NK)).abs().max())
+        return float((centred(self.source_2NK) - centred(self.file_2NK)).abs().max())
 
     @property
     def tolerance(self) -> float:
-        largest = float(_centred(self.source_2NK).abs().max())
+        largest = float(centred(self.source_2NK).abs().max())
         return self.limits.relative_tolerance * max(1.0, largest)
 
     @property
     def sqnr_db(self) -> float:
-        return signal_to_noise_db(_centred(self.source_2NK), _centred(self.file_2NK))
+        return signal_to_noise_db(centred(self.source_2NK), centred(self.file_2NK))
 
     @property
     def is_same(self) -> Tensor:
@@ -206,10 +207,6 @@ class _Comparison:
         if math.isinf(self.tolerance):
             return f"logits {self.sqnr_db:.1f} dB above their error"
         return f"largest logit difference {self.difference:.2e}, tolerance {self.tolerance:.2e}"
-
-
-def _centred(logits_2NK: Tensor) -> Tensor:
-    return logits_2NK - logits_2NK.mean(dim=2, keepdim=True)
 
 
 def signal_to_noise_db(signal: Tensor, noisy: Tensor) -> float:

@@ -22,7 +22,7 @@ from compressor.attacks.protocol import Model
 from compressor.data import Batch, TestSplit, evaluation_batches
 from compressor.file_model import FileModel
 from compressor.gate.paired import p_value_of_drop
-from compressor.losses import dlr
+from compressor.losses import centred, dlr
 from compressor.onnx_graph import NoPlainGraphError, read_graph
 from compressor.onnx_twin import OnnxTwin, differentiable_twin
 from compressor.proportions import Proportion
@@ -120,15 +120,11 @@ def _alike(twin: Model, xs: Sequence[Tensor], file_NK: Tensor) -> _Alike:
     if twin_NK.shape != file_NK.shape:
         raise NoPlainGraphError(f"it would give {tuple(twin_NK.shape)}")
     is_same_N = torch.eq(file_NK.argmax(dim=1), twin_NK.argmax(dim=1))
-    spread = _centred(file_NK).norm()
+    spread = centred(file_NK).norm()
     return _Alike(
         same=Proportion(num_correct=int(is_same_N.sum()), num_total=len(is_same_N)),
         error_fraction=float((file_NK - twin_NK).norm() / spread.clamp(min=1e-12)),
     )
-
-
-def _centred(logits_NK: Tensor) -> Tensor:
-    return logits_NK - logits_NK.mean(dim=1, keepdim=True)
 
 
 def _noised(batch: Batch, threat: ThreatModel) -> Tensor:
@@ -145,7 +141,7 @@ def rounds(file: FileModel, network: Model, images: Sequence[Batch]) -> bool:
     """Whether a file is more than its source written down, so that transfer is worth a try."""
     for batch in images:
         # about their means: one constant on all classes would hide what rounding does
-        file_NK, source_NK = (_centred(ask(batch.x_NCHW.cpu())) for ask in (file, network))
+        file_NK, source_NK = (centred(ask(batch.x_NCHW.cpu())) for ask in (file, network))
         allowed = SAME_FUNCTION * float(source_NK.abs().max())
         if not float((file_NK - source_NK).abs().max()) <= allowed:  # so that NaN differs
             return True

@@ -14,6 +14,7 @@ from typing import Any, Self
 
 from pydantic import ValidationError
 
+from compressor.ranks import Ranks
 from compressor.run_directory import write_text_atomically
 from compressor.verification.cascade import Outcome
 
@@ -35,6 +36,24 @@ class Journal:
         text = "".join(json.dumps(line) + "\n" for line in lines[: 1 + len(outcomes)])
         write_text_atomically(path, text)  # without a line that was cut off, and what follows it
         return cls(path, {(o.chunk, o.stage): o for o in outcomes})
+
+    @classmethod
+    def shared(cls, path: Path, plan: Mapping[str, Any], ranks: Ranks) -> Self:
+        """One of this rank, that knows what all have finished and those that there are no more.
+
+        Each rank writes its own, so that none loses what it has finished when all are killed; the
+        first one's is at `path`.
+        """
+        own = cls.open(path if ranks.is_first else _of_rank(path, str(ranks.rank)), plan)
+        here = {_of_rank(path, str(rank)) for rank in range(ranks.num_ranks)}
+        gone = set(path.parent.glob(_of_rank(path, "*").name)) - here if ranks.is_first else set()
+        for other in gone:
+            journal = cls.open(other, plan)
+            own.absorb(journal.outcomes)
+            journal.remove()
+        for outcomes in ranks.gather(own.outcomes):
+            own.absorb(outcomes)
+        return own
 
     def absorb(self, outcomes: Iterable[Outcome]) -> None:
         """Keep what others have finished, where it is not known yet."""
@@ -70,6 +89,10 @@ class Journal:
         """After the report is written."""
         if self._path is not None:
             self._path.unlink(missing_ok=True)
+
+
+def _of_rank(path: Path, rank: str) -> Path:
+    return path.with_name(f"{path.stem}.rank{rank}{path.suffix}")
 
 
 def plan_id(plan: Mapping[str, Any]) -> str:

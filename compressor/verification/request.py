@@ -98,10 +98,7 @@ class Prepared:
         return self.target.data_recipe(self.request.data_source).source.partition(":")[0]
 
     def journal(self, ranks: Ranks = ALONE) -> Journal:
-        """What earlier processes have finished of exactly this verification.
-
-        Each rank writes its own, so that none loses what it has finished when all are killed.
-        """
+        """What earlier processes have finished of exactly this verification."""
         described = {
             "version": __version__,
             "target": self.model.facts.model_dump(),
@@ -118,17 +115,7 @@ class Prepared:
         }
         if self.request.provider != "cpu":
             described["provider"] = self.request.provider
-        path = self.files.journal(plan_id(described))
-        own = Journal.open(path if ranks.is_first else _of_rank(path, str(ranks.rank)), described)
-        here = {_of_rank(path, str(rank)) for rank in range(ranks.num_ranks)}
-        gone = set(path.parent.glob(_of_rank(path, "*").name)) - here if ranks.is_first else set()
-        for other in gone:  # of ranks that there are no more
-            journal = Journal.open(other, described)
-            own.absorb(journal.outcomes)
-            journal.remove()
-        for outcomes in ranks.gather(own.outcomes):
-            own.absorb(outcomes)
-        return own
+        return Journal.shared(self.files.journal(plan_id(described)), described, ranks)
 
     def environment(self) -> dict[str, Any]:
         """Versions and devices, for the report; also what runs a file."""
@@ -149,10 +136,6 @@ class Prepared:
             else:
                 subject = network_subject(followed, self.performance)
             yield subject if file is None else replace(subject, answer=file)
-
-
-def _of_rank(path: Path, rank: str) -> Path:
-    return path.with_name(f"{path.stem}.rank{rank}{path.suffix}")
 
 
 def prepare(request: VerificationRequest) -> Prepared:

@@ -337,6 +337,15 @@ def test_another_verification_has_another_journal(run, tmp_path, change):
     assert len(names_in(tmp_path)) == 2
 
 
+def test_ranks_with_a_gpu_each_have_one_journal(run, tmp_path):
+    """Or what the second had finished would not be found when one goes on alone."""
+    prepared = prepare(request_for(run.path, folder=tmp_path))
+    for number in range(2):
+        device = torch.device("cuda", number)
+        replace(prepared, performance=replace(prepared.performance, device=device)).journal()
+    assert len(names_in(tmp_path)) == 1
+
+
 def test_another_model_has_another_journal(run, far, copy, tmp_path):
     weights = shutil.copy(run.model, tmp_path / "weights.safetensors")
     out = tmp_path / "out"
