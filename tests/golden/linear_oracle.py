@@ -1,4 +1,4 @@
-"""Four steps of each method with one teacher, in numpy float64, from the papers' formulas.
+"""Four steps of each method with one teacher or none, in numpy float64, from the papers' formulas.
 
 An oracle for `compressor.methods`: it shares no code with it. Student and teacher are linear, so
 that every gradient is written out by hand. N images of 6 pixels, K = 4 classes.
@@ -189,7 +189,44 @@ def adaad(student, master, data, fraction, *, robust_weight, loss_scale):
     ]
 
 
-METHODS = {"distillation": distillation, "ard": ard, "iad": iad, "rslad": rslad, "adaad": adaad}
+def cross_entropy(student, master, data, fraction):
+    images, labels, _, _ = data
+    z = ask(student, images)
+    return mean_ce(z, labels), [(softmax(z) - one_hot(labels), images)]
+
+
+def pgd_at(student, master, data, fraction):
+    labels, adversarial = data[1], attack_label(student, data)
+    z_adv = ask(student, adversarial)
+    return mean_ce(z_adv, labels), [(softmax(z_adv) - one_hot(labels), adversarial)]
+
+
+def trades(student, master, data, fraction, *, beta):
+    images, labels, _, gauss = data
+    z = ask(student, images)
+
+    def slope(adversarial):
+        return kl_slope_second(z, ask(student, adversarial)) @ student[0]
+
+    adversarial = attack(images, images + 0.001 * gauss, slope)
+    z_adv = ask(student, adversarial)
+    loss = mean_ce(z, labels) + beta * kl(z, z_adv).mean()
+    return loss, [
+        (softmax(z) - one_hot(labels) + beta * kl_slope_first(z, z_adv), images),
+        (beta * kl_slope_second(z, z_adv), adversarial),
+    ]
+
+
+METHODS = {
+    "distillation": distillation,
+    "ard": ard,
+    "iad": iad,
+    "rslad": rslad,
+    "adaad": adaad,
+    "cross_entropy": cross_entropy,
+    "pgd_at": pgd_at,
+    "trades": trades,
+}
 
 
 def run(name, **settings):
