@@ -13,7 +13,7 @@ RUN ?= runs/cifar10-small
 
 help:
 	@sed -n '2,3s/^#   //p' Makefile
-	@echo 'make evidence  slow results: three seeds of the demo, error rates of the gate -> docs/results/'
+	@echo 'make evidence  three seeds of the demo, slips in methods, error rates of the gate -> docs/results/'
 	@echo 'make evidence-soak   half an hour of kills and full disks -> docs/results/soak.md'
 	@echo 'make evidence-cifar10 CIFAR10=folder TEACHERS=folder   healthy models raise no alarm'
 	@echo 'make evidence-export CIFAR10=folder RUN=folder   exported files of a run, each attacked itself'
@@ -54,8 +54,9 @@ types: install-dev
 contracts: install-dev
 	$(BIN)/lint-imports
 
-evidence: install
+evidence: install-dev
 	$(BIN)/python examples/digits_demo.py --seeds 0 1 2 --write docs/results/digits-demo.md
+	$(BIN)/python tests/evidence/method_mutations.py --write docs/results/method-mutations.md
 	$(BIN)/python tests/evidence/gate_simulation.py --write docs/results/gate-simulation.md
 
 evidence-soak: install
