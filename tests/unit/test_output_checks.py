@@ -1,6 +1,7 @@
 """Output checks at their thresholds, and that they leave no trace."""
 
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -179,6 +180,24 @@ def test_batch_dependence_allows_rounding(size, expected, make_images, threat):
         return torch.tensor([0.0, 1.0, 2.0, 10.0]).expand(len(x_NCHW), 4) + size * len(x_NCHW)
 
     assert status(model, make_images(16)[0], threat, "batch_dependence") == expected
+
+
+def rounding(x_NCHW, *, of_company):
+    """Logits on a coarse grid; what is rounded also depends on the size of the batch."""
+    return (linear(x_NCHW) * (1 + of_company * len(x_NCHW)) * 1e6).floor() % 50 + torch.arange(4.0)
+
+
+def test_batch_dependence_allows_the_jumps_of_a_model_that_rounds(make_images, threat):
+    row = rows_of(partial(rounding, of_company=1e-7), make_images(16)[0], threat)
+    assert row["batch_dependence"].status == "passed"
+    assert "last bits of the pixels" in row["batch_dependence"].found
+
+
+def test_batch_dependence_of_a_model_that_rounds(make_images, threat):
+    def model(x_NCHW):
+        return rounding(x_NCHW, of_company=1e-7) + 60.0 * (len(x_NCHW) == 16)
+
+    assert status(model, make_images(16)[0], threat, "batch_dependence") == "alarm"
 
 
 def test_batch_dependence_only_of_a_single_image(make_images, threat):
