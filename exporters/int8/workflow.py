@@ -168,7 +168,7 @@ def make_fine_tuned(
     tell("int8: fine-tuning the rounded network")
     validation, num_images = prepared.data.validation, prepared.request.num_images
     trained, epoch = fine_tune(float32, path, judging_places(validation, num_images=num_images))
-    if epoch:
+    if epoch:  # else the file stays, byte for byte, what it is without fine-tuning
         write_fine_tuned(path, path, trained, metadata=prepared.metadata())
     makers = {node.outputs[0]: node.inputs[0] for node in graph.nodes if node.inputs[0] in trained}
     weights = {

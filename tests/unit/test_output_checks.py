@@ -182,21 +182,27 @@ def test_batch_dependence_allows_rounding(size, expected, make_images, threat):
     assert status(model, make_images(16)[0], threat, "batch_dependence") == expected
 
 
-def rounding(x_NCHW, *, of_company):
-    """Logits on a coarse grid; what is rounded also depends on the size of the batch."""
-    return (linear(x_NCHW) * (1 + of_company * len(x_NCHW)) * 1e6).floor() % 50 + torch.arange(4.0)
+def rounding(x_NCHW, *, step):
+    """Logits of spread 3 that jump by up to 50 steps at a last bit, of pixels or of a sum."""
+    summed = linear(x_NCHW) * (1 + 1e-7 * len(x_NCHW))  # in another order in another batch
+    return (summed * 1e6).floor() % 50 * step + torch.arange(4.0)
 
 
 def test_batch_dependence_allows_the_jumps_of_a_model_that_rounds(make_images, threat):
-    row = rows_of(partial(rounding, of_company=1e-7), make_images(16)[0], threat)
-    assert row["batch_dependence"].status == "passed"
-    assert "last bits of the pixels" in row["batch_dependence"].found
+    row = rows_of(partial(rounding, step=0.001), make_images(16)[0], threat)["batch_dependence"]
+    assert row.status == "passed"
+    assert "last bits of the pixels" in row.found
 
 
 def test_batch_dependence_of_a_model_that_rounds(make_images, threat):
     def model(x_NCHW):
-        return rounding(x_NCHW, of_company=1e-7) + 60.0 * (len(x_NCHW) == 16)
+        return rounding(x_NCHW, step=0.001) * (1.1 if len(x_NCHW) == 16 else 1)
 
+    assert status(model, make_images(16)[0], threat, "batch_dependence") == "alarm"
+
+
+def test_batch_dependence_is_not_excused_by_large_jumps(make_images, threat):
+    model = partial(rounding, step=0.05)
     assert status(model, make_images(16)[0], threat, "batch_dependence") == "alarm"
 
 
