@@ -68,6 +68,14 @@ class Ranks:
             dist.all_reduce(values)
         return values
 
+    def gather_tensors(self, values_V: Tensor) -> Tensor:
+        """The same vector of each rank, in their order, [R, V]; for what needs no gradient."""
+        if self.num_ranks == 1:
+            return values_V[None]
+        found = values_V.new_empty(self.num_ranks * len(values_V))
+        dist.all_gather_into_tensor(found, values_V)
+        return found.view(self.num_ranks, -1)
+
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Add up the gradients, in place, in one transfer.
 

@@ -6,19 +6,17 @@ torch's SyncBatchNorm does the same and takes tensors of GPUs only. N images, C 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compressor.ranks import Ranks
-
-_PER_CHANNEL = (0, 2, 3)
 
 
 class SharedBatchNorm2d(nn.BatchNorm2d):
     """Normalises by mean and variance of the batch of all ranks, and collects these statistics.
 
     Source: Ioffe and Szegedy, "Batch normalization", ICML 2015, algorithm 1, its sums taken over
-    the ranks. The variance is taken around the mean, in two transfers, since in one the difference
-    of two large sums would cost float32 its digits.
+    the ranks.
     """
 
     def __init__(self, like: nn.BatchNorm2d, ranks: Ranks) -> None:
@@ -67,21 +65,12 @@ class _Normalise(torch.autograd.Function):
         eps: float,
         ranks: Ranks,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        values = x_NCHW.to(torch.promote_types(x_NCHW.dtype, torch.float32))
-        own_count = values.new_full((1,), values.numel() / values.shape[1])
-        sums = ranks.sum_in_place(torch.cat([values.sum(dim=_PER_CHANNEL), own_count]))
-        count = sums[-1]
-        mean_C = sums[:-1] / count
-        centred = values - mean_C[:, None, None]
-        variance_C = ranks.sum_in_place(centred.square().sum(dim=_PER_CHANNEL)) / count
-        inverse_C = torch.rsqrt(variance_C + eps)
-        normal = centred.mul_(inverse_C[:, None, None])
-        y = normal if weight_C is None else normal * weight_C[:, None, None]
-        y = y if bias_C is None else y + bias_C[:, None, None]
-        ctx.save_for_backward(normal, weight_C, inverse_C, count)
-        ctx.ranks, ctx.has_bias = ranks, bias_C is not None
+        mean_C, variance_C, count = _statistics(x_NCHW, ranks)
+        y_NCHW = F.batch_norm(x_NCHW, mean_C, variance_C, weight_C, bias_C, eps=eps)
+        ctx.save_for_backward(x_NCHW, weight_C, mean_C, variance_C, count)
+        ctx.eps, ctx.ranks, ctx.has_bias = eps, ranks, bias_C is not None
         ctx.mark_non_differentiable(mean_C, variance_C, count)
-        return y.to(x_NCHW.dtype), mean_C, variance_C, count
+        return y_NCHW, mean_C, variance_C, count
 
     @staticmethod
     def backward(
@@ -89,21 +78,58 @@ class _Normalise(torch.autograd.Function):
         slope_NCHW: Tensor,
         *_: Tensor,
     ) -> tuple[Tensor | None, ...]:
-        normal, weight_C, inverse_C, count = ctx.saved_tensors
-        slope = slope_NCHW.to(normal.dtype)
-        along_C = (slope * normal).sum(dim=_PER_CHANNEL)
-        plain_C = slope.sum(dim=_PER_CHANNEL)
+        x_NCHW, weight_C, mean_C, variance_C, count = ctx.saved_tensors
+        # Along the normal values and plain, in one pass, as for statistics that do not move.
+        _, along_C, plain_C = torch.ops.aten.native_batch_norm_backward(
+            slope_NCHW,
+            x_NCHW,
+            weight_C,
+            mean_C,
+            variance_C,
+            None,
+            None,
+            False,  # noqa: FBT003
+            ctx.eps,
+            [False, True, True],
+        )
         # Each rank keeps its part of the parameters' gradients; images meet those of all ranks.
-        sums_2C = ctx.ranks.sum_in_place(torch.stack([along_C, plain_C])) / count
-        back = slope - sums_2C[1][:, None, None] - normal * sums_2C[0][:, None, None]
+        along_all_C, plain_all_C = ctx.ranks.sum_in_place(torch.stack([along_C, plain_C])) / count
+        inverse_C = torch.rsqrt(variance_C + ctx.eps)
         scale_C = inverse_C if weight_C is None else inverse_C * weight_C
+        # scale x (slope - plain - normal x along), as slope and x times a factor plus a constant
+        of_x_C = -scale_C * inverse_C * along_all_C
+        constant_C = -scale_C * plain_all_C - of_x_C * mean_C
+        back = torch.addcmul(constant_C[:, None, None], x_NCHW, of_x_C[:, None, None])
+        back.addcmul_(slope_NCHW, scale_C[:, None, None])
         return (
-            (back * scale_C[:, None, None]).to(slope_NCHW.dtype),
+            back.to(slope_NCHW.dtype),
             None if weight_C is None else along_C.to(weight_C.dtype),
             plain_C if ctx.has_bias else None,
             None,
             None,
         )
+
+
+def _statistics(x_NCHW: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean [C], variance [C] and number of values a channel, over the images of all ranks.
+
+    Source: Chan, Golub and LeVeque, "Algorithms for computing the sample variance", 1983: each
+    rank's variance is taken around its own mean, as a difference of large sums would cost float32
+    its digits, and all of it goes in one transfer.
+    """
+    values = x_NCHW.to(torch.promote_types(x_NCHW.dtype, torch.float32))
+    # What torch's own layer calls; var_mean takes ten times as long where channels come last.
+    own_mean_C, own_variance_C = torch.ops.aten.batch_norm_update_stats(values, None, None, 0.0)
+    own_count = values.new_full((1,), values.numel() / values.shape[1])
+    found = ranks.gather_tensors(torch.cat([own_mean_C, own_variance_C, own_count]))
+    num_channels = values.shape[1]
+    mean_RC, variance_RC = found[:, :num_channels], found[:, num_channels:-1]
+    count_R1 = found[:, -1:]
+    count = count_R1.sum()
+    share_R1 = count_R1 / count
+    mean_C = (share_R1 * mean_RC).sum(dim=0)
+    variance_C = (share_R1 * (variance_RC + (mean_RC - mean_C).square())).sum(dim=0)
+    return mean_C, variance_C, count
 
 
 @torch.no_grad()
