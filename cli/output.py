@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cli.processes import is_first
+from cli.processes import has_to_speak, is_first, rank
 from compressor.errors import ExitCode, RobustCompressError
 
 
@@ -57,15 +57,16 @@ class Output:
 def print_error(error: RobustCompressError, *, as_json: bool) -> None:
     """The message of a known error, on stderr for people, on stdout as JSON.
 
-    Of several processes the first one says what all have found.
+    Of several processes the first one says what all have found, another what it alone has.
     """
-    if not is_first():
+    if not has_to_speak(error):
         return
     if as_json:
         _write_error(type(error).__name__, str(error), error.exit_code)
         return
     console = Console(stderr=True, highlight=False, soft_wrap=True)
-    console.print("[bold red]Error:[/bold red] ", end="")
+    place = "" if is_first() else f" in process {rank()}"
+    console.print(f"[bold red]Error{place}:[/bold red] ", end="")
     console.print(str(error), markup=False)
 
 

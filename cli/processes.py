@@ -1,19 +1,31 @@
 """`--nproc`: the same command in several processes of this machine, by torch's own launcher.
 
-A process that is killed ends the others, and all begin anew from the last checkpoint.
+A process that is killed ends the others, and all begin anew from the last checkpoint. One that ends
+with an error has said why, and ends the others for good.
 """
 
 import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
 
-from compressor.errors import ExitCode, RunError, UsageError
+from compressor.errors import (
+    ExitCode,
+    InterruptedRunError,
+    LostProcessError,
+    RobustCompressError,
+    RunError,
+    UsageError,
+)
 
 OPTION = "--nproc"
 _NUM_PROCESSES = "ROBUST_COMPRESS_NPROC"
 """Tells the processes that this module started them, and how many."""
+_RESTART = "ROBUST_COMPRESS_RESTART"
+"""Tells them how often they were started before."""
+_WAIT_FOR_THE_FIRST_SECONDS, _WAIT_FOR_THE_CAUSE_SECONDS = 2.0, 5.0
 _LOUD = (
     "torch.distributed.elastic",
     "torch.distributed.elastic.agent.server.api",
@@ -25,21 +37,38 @@ def run_in_processes(num_processes: int, *, num_restarts: int) -> int:
     """Run the command line of this process in others; each takes part of the work.
 
     Returns:
-        The exit code of the first of them, which speaks for all.
+        0, or the exit code of that process which ended first with another one.
 
     Raises:
         UsageError: if this process is one of several already.
         RunError: if they were killed more often than they may be started again.
     """
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
     if is_one_of_several():
         raise UsageError(f"{OPTION} is for commands that torchrun did not start; leave it out")
     for name in _LOUD:
         logging.getLogger(name).setLevel(logging.CRITICAL)  # what they say, we say
     os.environ[_NUM_PROCESSES] = str(num_processes)
+    try:
+        for restart in range(num_restarts + 1):
+            os.environ[_RESTART] = str(restart)
+            first, code = _launch(num_processes)
+            if code >= 0:
+                return code
+    finally:
+        del os.environ[_NUM_PROCESSES], os.environ[_RESTART]
+    raise RunError(
+        f"process {first} of {num_processes} was killed by signal {-code}, {num_restarts} restarts "
+        "included; what is in the last checkpoint is kept. Look for memory (`dmesg`), or take "
+        f"fewer with {OPTION}"
+    )
+
+
+def _launch(num_processes: int) -> tuple[int, int]:
+    """Which process ended first otherwise than well, and its exit code: minus its signal, or 0."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -47,29 +76,23 @@ def run_in_processes(num_processes: int, *, num_restarts: int) -> int:
         run_id="robust-compress",
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
-        max_restarts=num_restarts,
+        max_restarts=0,  # it would also start again what ended with an error
         monitor_interval=0.1,
         start_method="spawn",
     )
     try:
-        codes: dict[int, int] = elastic_launch(config, call_main)(without_option(sys.argv[1:]))
+        elastic_launch(config, call_main)(without_option(sys.argv[1:]))
     except SignalException as caught:
         is_term = caught.sigval == signal.SIGTERM
-        return int(ExitCode.TERMINATED if is_term else ExitCode.INTERRUPTED)
+        return 0, int(ExitCode.TERMINATED if is_term else ExitCode.INTERRUPTED)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        raise RunError(
-            f"process {rank} of {num_processes} ended with {failure.exitcode}, {num_restarts} "
-            "restarts included; what is in the last checkpoint is kept. Look for memory (`dmesg`), "
-            f"or take fewer with {OPTION}"
-        ) from None
-    finally:
-        del os.environ[_NUM_PROCESSES]
-    return codes[0]
+        return rank, failure.exitcode
+    return 0, 0
 
 
-def call_main(arguments: Sequence[str]) -> int:
-    """In each of the processes: the command, and the exit code that it ends with."""
+def call_main(arguments: Sequence[str]) -> None:
+    """In each of the processes: the command; a process that does not end well ends at once."""
     from cli.main import main
 
     sys.argv = ["robust-compress", *arguments]
@@ -77,10 +100,24 @@ def call_main(arguments: Sequence[str]) -> int:
         main()
     except SystemExit as end:
         code = int(end.code or 0)
-    if code in {ExitCode.INTERRUPTED, ExitCode.TERMINATED}:
+    if code != 0:
         sys.stdout.flush()
-        os._exit(code)  # or it would wait for the launcher, which waits for it
-    return code
+        sys.stderr.flush()
+        os._exit(code)  # or the launcher would wait for the others, who wait for this one
+
+
+def has_to_speak(error: RobustCompressError) -> bool:
+    """Whether this process prints an error, once those have spoken who know the cause or the same.
+
+    The launcher ends the others as soon as one has ended with an error, so that mostly one speaks.
+    """
+    if isinstance(error, LostProcessError):
+        time.sleep(_WAIT_FOR_THE_CAUSE_SECONDS)
+    elif isinstance(error, InterruptedRunError):  # all have agreed to stop
+        return is_first()
+    elif not is_first():
+        time.sleep(_WAIT_FOR_THE_FIRST_SECONDS)
+    return True
 
 
 def without_option(arguments: Sequence[str]) -> list[str]:
@@ -107,9 +144,14 @@ def is_one_of_several() -> bool:
 
 def num_restarts_until_now() -> int:
     """How often torch's launcher has begun anew, after one of its processes was killed."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    return int(os.environ.get(_RESTART) or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def is_first() -> bool:
     """Whether this process speaks for all."""
-    return os.environ.get("RANK", "0") == "0"
+    return rank() == 0
+
+
+def rank() -> int:
+    """The place of this process among those of its command, from 0."""
+    return int(os.environ.get("RANK", "0"))

@@ -71,18 +71,16 @@ def run_training(recipe: "Recipe", options: TrainingOptions, output: Output) -> 
     """Train with a live display, and stop well on SIGINT and SIGTERM."""
     from cli.progress import training_display
     from compressor.interruption import stop_wish
-    from compressor.run_directory import RunDirectory
     from compressor.training_workflow import TrainingRequest, train
 
     out = options.out or Path("runs") / f"{recipe.name}-{recipe.recipe_id[:8]}"
     restart = num_restarts_until_now()
     if restart:
         output.say(f"A process was killed; all go on from the last checkpoint (restart {restart})")
-    has_begun = restart > 0 and RunDirectory(out).resolved_recipe.is_file()
     request = TrainingRequest(
         out=out,
         settings=options.settings,
-        resume=options.resume or has_begun,
+        resume=options.resume,
         resume_command=_resume_command(out, options),
         download=options.download,
         accept_teachers=options.accept_teachers,

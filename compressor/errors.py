@@ -64,6 +64,10 @@ class RunError(RobustCompressError):
     """A run folder is missing, occupied, or incomplete."""
 
 
+class LostProcessError(RunError):
+    """Another process of the same run has ended, or does not come; the cause is there."""
+
+
 class CheckpointError(RobustCompressError):
     """A checkpoint is missing, damaged, or belongs to another recipe."""
 

@@ -120,6 +120,29 @@ def _insist_on_float32() -> None:
 
 
 def _resolve_device(name: str) -> torch.device:
+    device = _found_device(name)
+    if device.type == "cuda":
+        _refuse_shared_gpus(name)
+        torch.cuda.set_device(device)  # or whoever names none opens the first one too
+    return device
+
+
+def _refuse_shared_gpus(name: str) -> None:
+    """The same on all processes of a host, so that none waits for one that could not begin."""
+    num_here, num_gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if num_here > num_gpus:
+        raise DeviceError(
+            f"{num_here} processes on a host with {num_gpus} CUDA devices; start at most "
+            f"{num_gpus} (--nproc, or torchrun --nproc-per-node), or give --device cpu"
+        )
+    if num_here > 1 and name not in {"auto", "cuda"}:
+        raise DeviceError(
+            f"{num_here} processes cannot share device {name!r}; leave --device out, and each "
+            "takes one of its own"
+        )
+
+
+def _found_device(name: str) -> torch.device:
     own_gpu = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     if name == "auto":
         return torch.device(own_gpu if torch.cuda.is_available() else "cpu")
@@ -134,6 +157,7 @@ def _resolve_device(name: str) -> torch.device:
             f"device {name!r} was asked for, but PyTorch {torch.__version__} sees no CUDA device; "
             "use --device cpu, or run `robust-compress doctor`"
         )
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    is_own = name in {"auto", "cuda"}
+    if device.type == "cuda" and not is_own and (device.index or 0) >= torch.cuda.device_count():
         raise DeviceError(f"device {name!r} is not there: {torch.cuda.device_count()} CUDA devices")
     return device

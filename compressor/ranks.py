@@ -21,11 +21,13 @@ from torch import Tensor, nn
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
-from compressor.errors import RunError
+from compressor.errors import LostProcessError
 
 _Value = TypeVar("_Value")
 _PATIENCE = timedelta(minutes=30)
 """For a rank that does not come: the first one may be writing to a slow disk."""
+UNLIKE_WORK = timedelta(days=7)
+"""Where ranks have parts that take hours more or less than another's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,48 +124,78 @@ def num_ranks_of_environment() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def launch_of_environment() -> str | None:
+    """What names the launch of all these processes, and no other; None: nobody launched them.
+
+    `torchrun` starts them again in the same launch. Its own name for it may be that of an earlier
+    one, and is "none" by default; on one host the launcher itself tells them apart.
+    """
+    name = os.environ.get("TORCHELASTIC_RUN_ID")
+    if name is None or os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
+        return name
+    launcher = os.getppid()
+    try:
+        with open(f"/proc/{launcher}/stat", encoding="utf-8") as file:
+            began = file.read().rpartition(")")[2].split()[_PLACE_OF_BEGINNING]
+    except (OSError, IndexError):
+        began = "?"
+    return f"{name}, process {launcher} since {began}"
+
+
+_PLACE_OF_BEGINNING = 19
+"""In /proc/PID/stat, from behind the name: when the process began, in ticks since the boot."""
+
+
 @contextmanager
-def joined_ranks(device: torch.device, *, purpose: str) -> Iterator[Ranks]:
+def joined_ranks(
+    device: torch.device, *, purpose: str, patience: timedelta = _PATIENCE
+) -> Iterator[Ranks]:
     """The ranks that the environment speaks of, from `torchrun`; one where it speaks of none.
 
     Args:
         device: of this rank.
         purpose: a name that no other meeting of these processes has.
+        patience: how long the hosts wait for one another.
 
     Raises:
-        RunError: if another rank ends while this one waits for it.
+        LostProcessError: if another rank ends while this one waits for it, or does not come.
     """
     if num_ranks_of_environment() == 1:
         yield ALONE
         return
     is_cuda = device.type == "cuda"
-    if is_cuda:
-        torch.cuda.set_device(device)
     store, rank, num_ranks = next(rendezvous("env://", timeout=_PATIENCE))
-    # The launcher keeps its store over restarts, with the addresses of those who are gone.
-    meeting = f"{purpose}, attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    meeting = purpose
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # It is kept over restarts, with the addresses of those who are gone.
+        meeting += f", attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     dist.init_process_group(
         "nccl" if is_cuda else "gloo",
         store=PrefixStore(meeting, store),
         rank=rank,
         world_size=num_ranks,
-        timeout=_PATIENCE,
+        timeout=_PATIENCE if is_cuda else patience,
     )
-    control = dist.new_group(backend="gloo", timeout=_PATIENCE) if is_cuda else None
+    control = dist.new_group(backend="gloo", timeout=patience) if is_cuda else None
     try:
         yield Ranks(rank=rank, num_ranks=num_ranks, control=control)
     except RuntimeError as error:
+        if "timed out" in str(error).lower():
+            raise LostProcessError(
+                "another process of this run did not come in time; what was saved is kept. See "
+                "whether one of them hangs, and run the same command again"
+            ) from None
         if _LOST.search(str(error)):
-            raise RunError(
-                "another process of this run has ended, and says why where it ended; what is in "
-                "the last checkpoint is kept"
+            raise LostProcessError(
+                "another process of this run has ended, and says why where it ended; what was "
+                "saved is kept"
             ) from None
         raise
     finally:
         dist.destroy_process_group()
 
 
-_LOST = re.compile("connection (closed|reset|refused)|closed by peer|timed out", re.IGNORECASE)
+_LOST = re.compile("connection (closed|reset|refused)|closed by peer", re.IGNORECASE)
 
 
 class _Total(torch.autograd.Function):

@@ -185,10 +185,16 @@ class RunDirectory:
         with (self.path / ".lock").open("w") as handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            except (BlockingIOError, PermissionError):
                 raise RunError(
                     f"another process is training or exporting in {self.path}; wait for it or "
                     "stop it"
+                ) from None
+            except OSError as error:
+                raise RunError(
+                    f"the file system of {self.path} keeps no locks ({error.strerror}), so another "
+                    "process could write there unseen; choose another place, or have it mounted "
+                    "with locks"
                 ) from None
             yield
 

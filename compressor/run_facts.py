@@ -10,7 +10,7 @@ from compressor.errors import CheckpointError
 from compressor.method_recipes import BMTARDRecipe, CIARDRecipe
 from compressor.methods.build import resolve_temperature_rate
 from compressor.performance_settings import PerformanceSettings
-from compressor.ranks import num_ranks_of_environment
+from compressor.ranks import launch_of_environment, num_ranks_of_environment
 from compressor.recipe import Recipe
 from compressor.recipe_file import load_recipe
 from compressor.reports.report import Count
@@ -84,6 +84,15 @@ def refuse_other_recipe(run: RunDirectory, recipe: Recipe) -> None:
             f"{run.path} belongs to another recipe (id {began.recipe_id[:8]}, now "
             f"{recipe.recipe_id[:8]}); resume with the run's own recipe, {run.resolved_recipe}"
         )
+
+
+def is_of_this_launch(run: RunDirectory) -> bool:
+    """Whether the processes began this run and were then started again by their launcher."""
+    launch = launch_of_environment()
+    if launch is None or not run.resolved_recipe.is_file():
+        return False
+    before = read_json(run.environment)
+    return isinstance(before, dict) and before.get("launch") == launch
 
 
 def as_it_began(run: RunDirectory, settings: PerformanceSettings) -> PerformanceSettings:

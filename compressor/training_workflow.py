@@ -12,16 +12,18 @@ from compressor.architectures.teacher_map import merge_teacher_map
 from compressor.checkpoint import TrainState, load_candidate, load_checkpoint
 from compressor.curves import write_curves
 from compressor.environment import describe_environment, settings_dict
+from compressor.errors import RunError
 from compressor.interruption import StopWish
 from compressor.metrics import Event, MetricsFile, Observer, TensorBoardFiles
 from compressor.networks import save_classifier
 from compressor.performance import Performance, resolve_performance
 from compressor.performance_settings import PerformanceSettings
-from compressor.ranks import joined_ranks
+from compressor.ranks import joined_ranks, launch_of_environment
 from compressor.recipe import Recipe, resolved_dict
 from compressor.run_directory import RunDirectory, read_facts, write_json_atomically
 from compressor.run_facts import (
     as_it_began,
+    is_of_this_launch,
     refuse_changed_facts,
     refuse_other_recipe,
     run_facts,
@@ -36,7 +38,7 @@ from compressor.training_preparation import (
     student_network,
 )
 from compressor.training_step import Training
-from compressor.weights import sha256_of_file
+from compressor.weights import sha256_of_file, sha256_of_tensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +70,8 @@ def train(
         RobustCompressError: of the kind that fits; nothing existing is ever overwritten.
     """
     find_architecture(recipe.student.architecture)
+    if is_of_this_launch(RunDirectory(request.out)):  # a process was killed, and all began again
+        request = dataclasses.replace(request, resume=True)
     run = RunDirectory.open(request.out) if request.resume else RunDirectory.vacant(request.out)
     settings = as_it_began(run, request.settings) if request.resume else request.settings
     performance = resolve_performance(settings)
@@ -115,8 +119,8 @@ def _begun(
             refuse_changed_facts(run, facts)
         elif is_first:
             RunDirectory.vacant(run.path)  # another process may have been faster
-            settings = {"settings": settings_dict(request.settings)}
-            write_json_atomically(run.environment, describe_environment(performance) | settings)
+            asked = {"settings": settings_dict(request.settings), "launch": launch_of_environment()}
+            write_json_atomically(run.environment, describe_environment(performance) | asked)
             write_json_atomically(run.facts, facts)
         if is_first:
             resolved = resolved_dict(with_absolute_paths(recipe))
@@ -127,13 +131,16 @@ def _begun(
 def _fit_and_finish(training: Training, *, resume: bool) -> None:
     run, recipe, method = training.run, training.recipe, training.method
     state = TrainState(step=0, epoch=0, batch_in_epoch=0, method_state=method.initial_state())
-    if resume and run.checkpoint_steps():
+    newest = training.ranks.gather(run.checkpoint_steps()[-1:])[0]
+    if resume and newest:
         state = load_checkpoint(
             run,
             training.tensors,
             recipe_id=recipe.recipe_id,
             restore_method_state=method.restore_state,
+            step=newest[0],
         )
+    refuse_unlike_beginnings(training, state)
     if not training.ranks.is_first:
         fit(dataclasses.replace(training, observe=lambda _: None), state)
         return
@@ -150,6 +157,25 @@ def _fit_and_finish(training: Training, *, resume: bool) -> None:
     save_classifier(run.model, network, spec, metadata)
     facts = read_facts(run) | {"model_sha256": sha256_of_file(run.model)}
     write_json_atomically(run.facts, facts)
+
+
+def refuse_unlike_beginnings(training: Training, state: TrainState) -> None:
+    """They would train different networks and add up their gradients, and nobody would see it.
+
+    Raises:
+        RunError: if the ranks do not all begin after the same step with the same weights.
+    """
+    if training.ranks.num_ranks == 1:
+        return
+    weights_sha256 = sha256_of_tensors(training.student.network.state_dict())
+    found = training.ranks.gather((state.step, weights_sha256))
+    unlike = [rank for rank, other in enumerate(found) if other != found[0]]
+    if unlike:
+        raise RunError(
+            f"process {unlike[0]} would begin with other weights (step {found[unlike[0]][0]}) than "
+            f"the first one (step {found[0][0]}); see that all of them have the same software, see "
+            "the same files, and go on with --resume"
+        )
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from compressor.attacks.gradients import in_parts
 from compressor.attacks.stages import protocol_of
 from compressor.errors import BudgetSpentError, RunError
 from compressor.metrics import read_metrics
-from compressor.ranks import ALONE, Ranks, joined_ranks
+from compressor.ranks import ALONE, UNLIKE_WORK, Ranks, joined_ranks
 from compressor.reports.files import ReportFiles
 from compressor.reports.html import write_html
 from compressor.reports.markdown import to_markdown
@@ -83,7 +83,8 @@ def verify_together(
         RunError: if another process ends; else as `verify`.
     """
     prepared = prepare(request)
-    with joined_ranks(prepared.performance.device, purpose="verification") as ranks:
+    device = prepared.performance.device
+    with joined_ranks(device, purpose="verification", patience=UNLIKE_WORK) as ranks:
         return _verify(prepared, ranks, observe=observe, tell=tell)
 
 

@@ -74,6 +74,16 @@ def read_state_dict(path: Path) -> StateDict:
     return StateDict(tensors=tensors, metadata=metadata, sha256=sha256_of_file(path))
 
 
+def sha256_of_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """Hash of names, shapes, formats and every bit, wherever the tensors are."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype};".encode())
+        numbers = tensor.detach().cpu().contiguous().reshape(-1)
+        found.update(numbers.view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
 def sha256_of_file(path: Path) -> str:
     """SHA-256 of the bytes of a file, 64 hexadecimal digits.
 

@@ -66,7 +66,9 @@ class _Normalise(torch.autograd.Function):
         ranks: Ranks,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         mean_C, variance_C, count = _statistics(x_NCHW, ranks)
-        y_NCHW = F.batch_norm(x_NCHW, mean_C, variance_C, weight_C, bias_C, eps=eps)
+        y_NCHW = x_NCHW.clone()
+        if len(x_NCHW) > 0:  # a last batch may have fewer images than there are ranks
+            y_NCHW = F.batch_norm(x_NCHW, mean_C, variance_C, weight_C, bias_C, eps=eps)
         ctx.save_for_backward(x_NCHW, weight_C, mean_C, variance_C, count)
         ctx.eps, ctx.ranks, ctx.has_bias = eps, ranks, bias_C is not None
         ctx.mark_non_differentiable(mean_C, variance_C, count)
@@ -79,22 +81,23 @@ class _Normalise(torch.autograd.Function):
         *_: Tensor,
     ) -> tuple[Tensor | None, ...]:
         x_NCHW, weight_C, mean_C, variance_C, count = ctx.saved_tensors
-        # Along the normal values and plain, in one pass, as for statistics that do not move.
-        _, along_C, plain_C = torch.ops.aten.native_batch_norm_backward(
-            slope_NCHW,
-            x_NCHW,
-            weight_C,
-            mean_C,
-            variance_C,
-            None,
-            None,
-            False,  # noqa: FBT003
-            ctx.eps,
-            [False, True, True],
-        )
+        inverse_C = torch.rsqrt(variance_C + ctx.eps)
+        along_C = plain_C = torch.zeros_like(mean_C)
+        if len(x_NCHW) > 0:
+            # Along the normal values and plain, in one pass, as for statistics that do not move.
+            # The kernel of CPUs takes the first pair of them, that of GPUs insists on the second.
+            _, along_C, plain_C = torch.ops.aten.native_batch_norm_backward(
+                slope_NCHW,
+                x_NCHW,
+                weight_C,
+                *(mean_C, variance_C),
+                *(mean_C, inverse_C),
+                False,  # noqa: FBT003
+                ctx.eps,
+                [False, True, True],
+            )
         # Each rank keeps its part of the parameters' gradients; images meet those of all ranks.
         along_all_C, plain_all_C = ctx.ranks.sum_in_place(torch.stack([along_C, plain_C])) / count
-        inverse_C = torch.rsqrt(variance_C + ctx.eps)
         scale_C = inverse_C if weight_C is None else inverse_C * weight_C
         # scale x (slope - plain - normal x along), as slope and x times a factor plus a constant
         of_x_C = -scale_C * inverse_C * along_all_C
@@ -118,11 +121,13 @@ def _statistics(x_NCHW: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor, Tensor]:
     its digits, and all of it goes in one transfer.
     """
     values = x_NCHW.to(torch.promote_types(x_NCHW.dtype, torch.float32))
-    # What torch's own layer calls; var_mean takes ten times as long where channels come last.
-    own_mean_C, own_variance_C = torch.ops.aten.batch_norm_update_stats(values, None, None, 0.0)
-    own_count = values.new_full((1,), values.numel() / values.shape[1])
-    found = ranks.gather_tensors(torch.cat([own_mean_C, own_variance_C, own_count]))
     num_channels = values.shape[1]
+    own_mean_C = own_variance_C = values.new_zeros(num_channels)
+    if len(values) > 0:
+        # What torch's own layer calls; var_mean takes ten times as long where channels come last.
+        own_mean_C, own_variance_C = torch.ops.aten.batch_norm_update_stats(values, None, None, 0.0)
+    own_count = values.new_full((1,), values.numel() / num_channels)
+    found = ranks.gather_tensors(torch.cat([own_mean_C, own_variance_C, own_count]))
     mean_RC, variance_RC = found[:, :num_channels], found[:, num_channels:-1]
     count_R1 = found[:, -1:]
     count = count_R1.sum()

@@ -92,3 +92,24 @@ def test_autocast_only_in_bfloat16():
     for dtype in (torch.float32, torch.bfloat16):
         with Performance(device=torch.device("cpu"), training_dtype=dtype).autocast():
             assert (x @ x).dtype == dtype
+
+
+@pytest.mark.parametrize("local_rank", ["0", "7"])
+@pytest.mark.parametrize(
+    ("num_gpus", "device", "message"),
+    [
+        (4, "auto", "8 processes on a host with 4 CUDA devices; start at most 4"),
+        (4, "cuda", "8 processes on a host with 4 CUDA devices"),
+        (8, "cuda:1", "8 processes cannot share device 'cuda:1'; leave --device out"),
+    ],
+)
+def test_every_process_refuses_gpus_that_do_not_suffice(
+    monkeypatch, local_rank, num_gpus, device, message
+):
+    """All of them, as one that went on would wait for those that could not."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
+    with pytest.raises(DeviceError, match=message):
+        resolve(device=device, num_threads=torch.get_num_threads())

@@ -11,15 +11,25 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from cli.output import print_error
 from compressor.architectures.shared_batch_norm import share_batch_norm
 from compressor.architectures.teacher_map import add_teacher_map
+from compressor.checkpoint import TrainState
 from compressor.data import Batch, Shard
-from compressor.errors import CheckpointError, RecipeError
+from compressor.errors import (
+    CheckpointError,
+    DataError,
+    InterruptedRunError,
+    LostProcessError,
+    RecipeError,
+    RunError,
+)
 from compressor.methods.build import build_method
 from compressor.methods.protocol import Moment
 from compressor.networks import NetworkSpec, build_classifier
@@ -32,6 +42,7 @@ from compressor.run_directory import RunDirectory, read_facts
 from compressor.run_facts import refuse_changed_facts
 from compressor.student import Student
 from compressor.teacher import Teacher
+from compressor.training_workflow import refuse_unlike_beginnings
 from compressor.verification.journal import Journal
 from compressor.verification.request import VerificationRequest, prepare
 from compressor.verification.samples import write_csv
@@ -39,7 +50,8 @@ from compressor.verification.verification import attack_chunks
 
 ROOT = Path(__file__).parents[2]
 SPEC = NetworkSpec(architecture="tiny", num_classes=10, image_shape=(1, 8, 8), width=0.5)
-NUM_IMAGES, NUM_STEPS = 7, 3
+NUMS_IMAGES = (7, 7, 1)
+"""Of the batches: one that does not divide, and one of which the first of two has nothing."""
 BOTH = ("clean", "robust")
 METHODS = {
     "adaad": ("robust",),
@@ -92,14 +104,15 @@ def make_teacher(role, seed):
 
 
 def batch_of(step, ranks):
-    """This rank's part of a batch that does not divide."""
+    """This rank's part of a batch."""
+    num_images = NUMS_IMAGES[step]
     images = torch.rand(
-        NUM_IMAGES, 1, 8, 8, generator=torch.Generator().manual_seed(step), dtype=torch.float64
+        num_images, 1, 8, 8, generator=torch.Generator().manual_seed(step), dtype=torch.float64
     )
-    ids = torch.arange(NUM_IMAGES)
+    ids = torch.arange(num_images)
     keys = 1000 * ids + 77 * step + 5
-    own = ranks.part(NUM_IMAGES)
-    shard = Shard(ranks=ranks, num_images=NUM_IMAGES, key=keys[:1])
+    own = ranks.part(num_images)
+    shard = Shard(ranks=ranks, num_images=num_images, key=keys[:1])
     return Batch(
         x_NCHW=images[own],
         y_N=(3 * ids + step)[own] % 10,
@@ -122,7 +135,7 @@ def take_steps(name, ranks):
     student = Student(network.double(), Performance(device=torch.device("cpu"), ranks=ranks))
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
     state, rows = method.initial_state(), []
-    for step in range(NUM_STEPS):
+    for step in range(len(NUMS_IMAGES)):
         moment = Moment(fraction=0.2 + 0.1 * step)
         result, state = method.step(student, batch_of(step, ranks), state, moment)
         optimizer.zero_grad(set_to_none=True)
@@ -176,7 +189,7 @@ def of_two(tmp_path_factory):
 @pytest.mark.workflow
 @pytest.mark.parametrize("name", METHODS)
 def test_two_processes_learn_what_one_learns(name, of_two):
-    """In float64, so that nothing but the arithmetic is left; a batch of 3 and 4 images."""
+    """In float64, so that nothing but the arithmetic is left."""
     first, second = (found[name] for found, _ in of_two)
     assert first == second  # to the last bit
     alone = json.loads(json.dumps(take_steps(name, Ranks())))
@@ -242,10 +255,10 @@ COMMAND = (sys.executable, "-m", "cli.main", "distill")
 OPTIONS = ("--dtype", "float32", "--no-verify", "--no-export", "--checkpoint-minutes", "0.01")
 
 
-def start(folder, *options, recipe="recipe.toml"):
+def start(folder, *options, recipe="recipe.toml", command=COMMAND):
     """In a group of its own, as a shell starts it, so that Ctrl-C reaches all processes."""
     return subprocess.Popen(
-        [*COMMAND, recipe, *OPTIONS, *options],
+        [*command, recipe, *OPTIONS, *options],
         cwd=folder,
         env=environment(),
         stdout=subprocess.PIPE,
@@ -300,6 +313,68 @@ def test_a_killed_process_brings_the_run_back_from_its_checkpoint(folder):
     for name in ("model.safetensors", last / "network.safetensors", last / "momentum.safetensors"):
         undisturbed = (folder / "undisturbed" / name).read_bytes()
         assert (run / name).read_bytes() == undisturbed, name
+
+
+@pytest.mark.workflow
+def test_torchrun_goes_on_with_what_it_began_and_with_nothing_else(folder):
+    """Also where it starts a refused command again, which then finds a run of another launch."""
+    run = folder / "launched"
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2")
+    command = (*torchrun, "--max-restarts=1", *COMMAND[1:])
+    process = start(folder, "--out", "launched", command=command)
+    wait_for(lambda: len(checkpoints_of(run)) > 1, process)
+    os.kill(children_of(process.pid)[-1], signal.SIGKILL)
+    code, out = ended(process)
+    assert code == 0, out
+    undisturbed = (folder / "undisturbed" / "model.safetensors").read_bytes()
+    assert (run / "model.safetensors").read_bytes() == undisturbed
+    written_at = (run / "recipe.resolved.json").stat().st_mtime_ns
+    code, out = ended(start(folder, "--out", "launched", command=command))
+    assert code == 1, out
+    assert out.count("Error: launched already exists and is not empty") == 2
+    assert (run / "recipe.resolved.json").stat().st_mtime_ns == written_at
+
+
+@pytest.mark.workflow
+def test_an_error_of_one_process_ends_all_and_is_told(folder):
+    """Here the first one's; the other waits for it in vain."""
+    run = folder / "held"
+    run.mkdir()
+    with RunDirectory(run).locked():
+        code, out = ended(start(folder, "--out", "held", "--nproc", "2"))
+    assert code == 4, out
+    assert out.count("another process is training or exporting in held") == 1
+
+
+def test_the_others_speak_after_the_first(monkeypatch, capsys):
+    """Who has said it ends the rest meanwhile."""
+    waited = []
+    monkeypatch.setattr("time.sleep", waited.append)
+    monkeypatch.setenv("RANK", "1")
+    print_error(DataError("image 17 is damaged"), as_json=False)
+    assert capsys.readouterr().err == "Error in process 1: image 17 is damaged\n"
+    print_error(InterruptedRunError("all agreed"), as_json=False)
+    assert capsys.readouterr().err == ""
+    assert len(waited) == 1
+    monkeypatch.setenv("RANK", "0")
+    print_error(DataError("image 3 is damaged"), as_json=False)
+    assert len(waited) == 1
+    print_error(LostProcessError("it has ended"), as_json=False)
+    assert waited[1] > waited[0]
+
+
+def test_unlike_beginnings_are_refused(tmp_path):
+    """The second process saw an older checkpoint."""
+
+    def gather(own):
+        return [(own[0] + 10, "other weights"), own]
+
+    ranks = SimpleNamespace(num_ranks=2, gather=gather)
+    network = build_classifier(SPEC, seed=0)
+    training = SimpleNamespace(ranks=ranks, student=SimpleNamespace(network=network))
+    state = TrainState(step=20, epoch=1, batch_in_epoch=0, method_state=None)
+    with pytest.raises(RunError, match=r"process 1 .* \(step 20\) than the first one \(step 30\)"):
+        refuse_unlike_beginnings(training, state)
 
 
 ALIKE = """
