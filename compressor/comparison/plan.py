@@ -102,6 +102,8 @@ def _refuse_lost_settings(
     if name in {entry.name for entry in request.methods}:
         return
     budget = {f"method.attack.{key}" for key in _BUDGET}
+    if any(_takes_scale_of_base(entry) for entry in request.methods):
+        budget.add("method.loss_scale")
     for override in (*request.base.set, *overrides):
         key = override.partition("=")[0].strip()
         if f"{key}.".startswith("method.") and key not in budget:
@@ -109,6 +111,11 @@ def _refuse_lost_settings(
                 f"--set {key} changes {name}, which is not compared; use settings in a comparison "
                 "file"
             )
+
+
+def _takes_scale_of_base(entry: MethodEntry) -> bool:
+    kind = _method_tables().get(entry.name, MethodTable)
+    return "loss_scale" in kind.model_fields and "loss_scale" not in entry.settings
 
 
 def _training_keys(entry: MethodEntry) -> set[str]:
@@ -161,17 +168,28 @@ def _planned(
 def _method_table(
     entry: MethodEntry, kind: type[MethodTable], base: object
 ) -> tuple[dict[str, Any], str]:
-    """The method's defaults, then what the base says of it or of its budget, then `settings`."""
+    """The method's defaults, then what the base says of it or of its budget, then `settings`.
+
+    The budget: steps of the inner attack, and `loss_scale`, on which it depends how much a short
+    run learns at all.
+    """
     base = base if isinstance(base, dict) else {}
     table: dict[str, Any] = {"name": entry.name}
     said = "defaults"
     if base.get("name") == entry.name:
         table, said = _merged(table, base), "as in the base recipe"
-    elif "attack" in kind.model_fields and isinstance(base.get("attack"), dict):
-        budget = {key: base["attack"][key] for key in _BUDGET if key in base["attack"]}
-        if budget:
-            table["attack"] = budget
-            said += ", " + " and ".join(f"attack.{key}" for key in budget) + " of the base recipe"
+    else:
+        taken = []
+        if "loss_scale" in base and _takes_scale_of_base(entry):
+            table["loss_scale"] = base["loss_scale"]
+            taken.append("loss_scale")
+        if "attack" in kind.model_fields and isinstance(base.get("attack"), dict):
+            budget = {key: base["attack"][key] for key in _BUDGET if key in base["attack"]}
+            if budget:
+                table["attack"] = budget
+                taken += [f"attack.{key}" for key in budget]
+        if taken:
+            said += f", {' and '.join(taken)} of the base recipe"
     if entry.settings:
         table = _merged(table, entry.settings)
         said += f"; set here: {', '.join(entry.settings)}"
@@ -202,10 +220,9 @@ def _chosen(
     need = kind.teachers
     robust = places["robust"][: need.robust[-1]]
     clean = places["clean"][: need.clean[-1]]
-    num_too_many = max(0, len(robust) + len(clean) - need.together[-1])
-    clean = clean[: max(0, len(clean) - num_too_many)]  # robust teachers come first
-    robust = robust[: need.together[-1]]
-    return sorted([*clean, *robust])
+    # Where all is too many: first those who know the images that the method learns from.
+    first, second = (robust, clean) if "attack" in kind.model_fields else (clean, robust)
+    return sorted([*first, *second][: need.together[-1]])
 
 
 def _named(entry: MethodEntry, places: Mapping[str, list[int]], *, num_teachers: int) -> list[int]:

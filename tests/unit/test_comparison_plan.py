@@ -103,6 +103,39 @@ def test_a_method_takes_the_first_teachers_that_it_needs(folder):
     assert one.teachers == "robust first.pt (2 of the base left out)"
 
 
+@pytest.mark.parametrize(("name", "taken"), [("distillation", "clean.pt"), ("ard", "first.pt")])
+def test_of_two_roles_a_method_takes_those_who_know_its_images(name, taken, folder):
+    """Plain distillation attacks nothing, so it is of the clean teacher where there is one."""
+    (method,) = plan_of(folder / "base.toml", name).methods
+    assert sources(method) == [f"tiny:{taken}"]
+    text = (folder / "base.toml").read_text().replace('"clean"', '"robust"')
+    (folder / "base.toml").write_text(text)
+    (method,) = plan_of(folder / "base.toml", name).methods
+    assert sources(method) == ["tiny:first.pt"]
+
+
+def test_the_scale_of_the_loss_is_shared(folder):
+    """Or the base's own method alone would learn at the rate that the base was made for."""
+    plan = plan_of(folder / "base.toml", "bmtard,rslad,distillation,trades")
+    assert [getattr(m.recipe.method, "loss_scale", None) for m in plan.methods] == [1, 1, 1, None]
+    assert plan.methods[1].origin.startswith("defaults, loss_scale and attack.num_steps of the ba")
+    assert not any("loss_scale" in note for note in plan.notes)
+    own = "[[methods]]\nname='rslad'\n[[methods]]\nname='ard'\nsettings={loss_scale=0.2}"
+    (folder / "own.toml").write_text(f"[base]\nrecipe='base.toml'\n{own}")
+    plan = plan_of(folder / "own.toml", overrides=["method.loss_scale=3"])
+    assert [m.recipe.method.loss_scale for m in plan.methods] == [3, 0.2]
+    (note,) = [note for note in plan.notes if "loss_scale" in note]
+    assert note.startswith("loss_scale differs (rslad: 3; ard: 0.2)")
+
+
+def test_scales_that_nobody_states_are_named_where_they_differ(folder):
+    (folder / "base.toml").write_text(BASE.replace("loss_scale = 1.0\n", "") + TEACHERS)
+    plan = plan_of(folder / "base.toml", "bmtard,mtard,iad,trades")
+    assert [m.recipe.method.loss_scale for m in plan.methods[:3]] == [0.1, 0.1, 1.0]
+    (note,) = [note for note in plan.notes if "loss_scale" in note]
+    assert note.startswith("loss_scale differs (bmtard, mtard: 0.1; iad: 1)")
+
+
 def test_a_comparison_file(folder):
     plan = plan_of(folder / "file.toml")
     trades, mild, other = plan.methods
@@ -294,6 +327,13 @@ def test_what_no_method_would_read_is_refused(override, folder):
     with pytest.raises(UsageError, match=f"--set {key} changes bmtard"):
         plan_of(folder / "lost.toml")
     plan_of(folder / "base.toml", "trades,bmtard", overrides=[override])
+    if key == "method.loss_scale":
+        plan_of(folder / "base.toml", "trades,rslad", overrides=[override])
+        (folder / "lost.toml").write_text(
+            '[base]\nrecipe="base.toml"\n[[methods]]\nname="rslad"\nsettings={loss_scale=1}'
+        )
+        with pytest.raises(UsageError, match=r"--set method\.loss_scale changes bmtard"):
+            plan_of(folder / "lost.toml", overrides=[override])
     budget = plan_of(folder / "base.toml", "trades", overrides=["method.attack.num_steps=9"])
     assert budget.methods[0].attack.num_steps == 9
 
