@@ -1,4 +1,4 @@
-"""What a result depends on besides the recipe: versions, processor, threads."""
+"""What a result depends on besides the recipe: versions, commit, processor, threads."""
 
 import platform
 import sys
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from compressor import __version__
+from compressor.commit import commit_of_checkout
 from compressor.performance import Performance
 from compressor.performance_settings import PerformanceSettings
 from compressor.ranks import num_ranks_of_environment
@@ -24,9 +25,11 @@ _PACKAGES = (
 
 
 def describe_environment(performance: Performance) -> dict[str, Any]:
-    """Plain values, without host names or paths."""
+    """Plain values, without host names or paths; `commit` only where it is known."""
+    commit = commit_of_checkout()
     return {
         "robust-compress": __version__,
+        **({} if commit is None else {"commit": commit}),
         "python": platform.python_version(),
         **package_versions(_PACKAGES),
         "system": f"{platform.system()} {platform.machine()}",

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from compressor.closed_table import ClosedTable, TupleOf
 from compressor.comparison.folder import ComparisonFolder
+from compressor.comparison.made_on import made_on
 from compressor.errors import RunError
 from compressor.proportions import Proportion
 from compressor.reports.consistency import WRONG_CLEAN
@@ -175,13 +176,6 @@ def read_attacked(report: RobustnessReport, files: ReportFiles) -> Attacked:
         worst_case=Standing.of({place: broken is None for place, broken in broken_by.items()}),
         measured_on=made_on(report.environment),
     )
-
-
-def made_on(environment: Mapping[str, Any]) -> str:
-    """What of an environment may move a number: device, number format and software."""
-    place = [str(environment.get(key)) for key in ("device", "number_format")]
-    software = [f"{name} {environment.get(name)}" for name in ("robust-compress", "torch")]
-    return ", ".join([*place, *software])
 
 
 def _rows(path: Path) -> dict[int, dict[str, str]]:

@@ -123,7 +123,7 @@ class RunRow(ClosedTable):
     training_seconds: float | None
     """All steps, without validation and checkpoints; see `training_record`."""
     trained_on: str
-    """Device, number format and software."""
+    """Device, number format, software and processor, as far as the run says; see `made_on`."""
     measured_on: TupleOf[str]
     """The same of its attacks; more than one where a later call added some."""
 

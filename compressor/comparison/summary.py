@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from compressor.comparison.made_on import differences
 from compressor.comparison.measuring import ImageCounts
 from compressor.comparison.passes import Passes
 from compressor.comparison.plan import ComparisonPlan
@@ -200,10 +201,8 @@ def _notes(rows: Sequence[MethodRow]) -> list[str]:
         "Attacked": {place for run in runs for place in run.measured_on},
     }
     for what, some in places.items():
-        if len(some) > 1:
-            notes.append(
-                f"{what} on different devices or by other software: {'; '.join(sorted(some))}."
-            )
+        if found := differences(some):
+            notes.append(f"{what} on different devices or by other software: {'; '.join(found)}.")
     for row in rows:
         for run in row.runs:
             if run.status == "failed":

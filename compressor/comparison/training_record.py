@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from compressor.checkpoint import selected_candidate
 from compressor.closed_table import ClosedTable, TupleOf
-from compressor.comparison.measurements import made_on
+from compressor.comparison.made_on import made_on
 from compressor.errors import RunError
 from compressor.metrics import read_metrics
 from compressor.recipe_file import load_recipe
@@ -29,7 +29,7 @@ class TrainingRecord(ClosedTable):
     training_seconds: float | None
     """See `training_seconds`."""
     trained_on: str
-    """Device, number format and software."""
+    """See `made_on`."""
 
     @classmethod
     def of(cls, run: RunDirectory) -> "TrainingRecord":

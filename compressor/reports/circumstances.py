@@ -17,7 +17,7 @@ from compressor.reports.sections import (
     validity_table,
 )
 
-_TRAINING_ENVIRONMENT = ("device", "number_format", "num_threads", "torch")
+_TRAINING_ENVIRONMENT = ("device", "number_format", "num_threads", "torch", "commit")
 
 
 def circumstances(report: RobustnessReport) -> tuple[Section, ...]:

@@ -329,18 +329,23 @@ def test_other_recipes_and_other_teachers_are_refused(folder):
 
 
 @pytest.mark.workflow
-def test_other_software_is_named(folder):
-    """After the tests above; one report says that another version made it."""
+@pytest.mark.parametrize(
+    ("key", "other"), [("torch", "0.1"), ("processor", "another one"), ("commit", "f" * 12)]
+)
+def test_other_software_is_named(folder, key, other):
+    """After the tests above; one report says that something else made it."""
     files = ComparisonFolder(folder / "out").reports("trades-seed0")[0]
     sound, report = files.json.read_text(), read_report(files.json)
     assert not any("other software" in note for note in run(prepared(folder))[0].notes)
-    environment = report.environment | {"torch": "0.1"}
+    if key not in report.environment:
+        pytest.skip(f"here a report has no {key}")
+    environment = report.environment | {key: other}
     write_report(report.model_copy(update={"environment": environment}), files.json)
     try:
         (note,) = (note for note in run(prepared(folder))[0].notes if "other software" in note)
         assert note.startswith("Attacked on")
-        assert "torch 0.1" in note
-        assert f"torch {report.environment['torch']}" in note
+        assert f"{key} {other}" in note
+        assert f"{key} {report.environment[key][:12]}" in note
     finally:
         files.json.write_text(sound)
 
