@@ -3,7 +3,7 @@
 Counted, not declared: the method of a recipe takes steps on tiny networks that count every call, so
 a method that is added later needs no line here. The size of a network changes none of the counts.
 
-N images, C channels, H and W pixels, K classes.
+N images, C channels, H and W pixels, K classes, F values of any answer.
 """
 
 from dataclasses import dataclass, field
@@ -85,19 +85,19 @@ class _Tally:
     num_forwards: int = 0
     num_backwards: int = 0
 
-    def watch(self, logits_NK: Tensor) -> Tensor:
-        """Count these images now, and again if a gradient comes back through their logits."""
-        self.num_forwards += len(logits_NK)
-        if logits_NK.requires_grad:
-            logits_NK.register_hook(self._count_backwards)  # type: ignore[no-untyped-call]
-        return logits_NK
+    def watch(self, answer_NF: Tensor) -> Tensor:
+        """Count these images now, and again if a gradient comes back through their answer."""
+        self.num_forwards += len(answer_NF)
+        if answer_NF.requires_grad:
+            answer_NF.register_hook(self._count_backwards)  # type: ignore[no-untyped-call]
+        return answer_NF
 
     def __deepcopy__(self, _: object) -> "_Tally":
         """A copy of a network counts with the network."""
         return self
 
-    def _count_backwards(self, gradient_NK: Tensor) -> None:
-        self.num_backwards += len(gradient_NK)
+    def _count_backwards(self, gradient_NF: Tensor) -> None:
+        self.num_backwards += len(gradient_NF)
 
 
 @dataclass(frozen=True)
@@ -118,8 +118,14 @@ class _CountingStudent(Student):
         return self._tally.watch(super().logits(x_NCHW))
 
     def logits_and_map(self, x_NCHW: Tensor) -> LogitsAndMap:
-        logits_NK, map_NMK = super().logits_and_map(x_NCHW)
-        return LogitsAndMap(self._tally.watch(logits_NK), map_NMK)
+        """Watched before they part: gradients of logits and map together are one way back."""
+        if self._head is None:
+            return super().logits_and_map(x_NCHW)  # which says what is missing
+        watch = self._head.to_map.register_forward_hook(lambda *call: self._tally.watch(call[-1]))
+        try:
+            return super().logits_and_map(x_NCHW)
+        finally:
+            watch.remove()
 
     def evaluation_view(self) -> Model:
         return _CountedModel(super().evaluation_view(), self._tally)
