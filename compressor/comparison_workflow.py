@@ -176,6 +176,7 @@ def _write(prepared: PreparedComparison, finished: Sequence[FinishedRun]) -> Com
         passes=prepared.passes,
         images=prepared.materials.images,
         environment=describe_environment(performance),
+        also_measured=prepared.folder.measured(),
     )
     folder, picture = prepared.folder, comparison_picture(result)
     page = to_markdown(result, picture, picture_name=folder.picture.name)

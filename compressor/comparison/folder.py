@@ -44,6 +44,10 @@ class ComparisonFolder:
         """What is kept of that run's training."""
         return self.verification(name) / "training.json"
 
+    def measured(self) -> list[str]:
+        """The runs of which a training is kept, of this call or of an earlier one."""
+        return sorted(path.parent.name for path in self.path.glob("verifications/*/training.json"))
+
     def clean(self, name: str) -> Path:
         """Which test images the run answers correctly without an attack."""
         return self.verification(name) / "clean.json"

@@ -38,6 +38,7 @@ def summarise(
     passes: Mapping[str, Passes],
     images: ImageCounts,
     environment: Mapping[str, Any],
+    also_measured: Sequence[str] = (),
 ) -> ComparisonResult:
     """What the runs show that are finished so far.
 
@@ -47,6 +48,7 @@ def summarise(
         passes: by label.
         images: how many test images each part was to have.
         environment: of the measurements.
+        also_measured: names of runs in the same folder; those of this plan are not counted.
 
     Raises:
         RunError: if two runs were measured on different images.
@@ -71,7 +73,7 @@ def summarise(
         protocol={key: value for key, value in shared.items() if key not in _OF_ONE_METHOD}
         | {"test_images": asdict(images)},
         methods=rows,
-        notes=(*plan.notes, *_notes(rows)),
+        notes=(*plan.notes, *_left_out(plan, also_measured), *_notes(rows)),
         environment=json.loads(json.dumps(dict(environment))),
     )
 
@@ -191,6 +193,24 @@ def _run_row(seed: int, recipe_id: str, finished: FinishedRun | None) -> RunRow:
         trained_on=record.trained_on,
         measured_on=tuple(sorted({part.measured_on for part in parts.values() if part})),
     )
+
+
+def _left_out(plan: ComparisonPlan, measured: Sequence[str]) -> list[str]:
+    """Who is chosen among many is to be corrected for all of them."""
+    shown = {run.name for run in plan.runs}
+    seeds: dict[str, list[str]] = {}
+    for name in measured:
+        if name not in shown:
+            label, _, seed = name.rpartition("-seed")
+            seeds.setdefault(label, []).append(seed)
+    if not seeds:
+        return []
+    said = ", ".join(f"{label} seed {' and '.join(some)}" for label, some in seeds.items())
+    num_methods = len(seeds.keys() - {method.label for method in plan.methods})
+    return [
+        f"Measured in this folder and not shown: {said} (runs: {sum(map(len, seeds.values()))}, "
+        f"methods of which none is shown: {num_methods}). Holm's correction does not count them."
+    ]
 
 
 def _notes(rows: Sequence[MethodRow]) -> list[str]:

@@ -19,7 +19,7 @@ from compressor.comparison.folder import ComparisonFolder
 from compressor.comparison.measuring import ImageCounts, find_measured
 from compressor.comparison.passes import count_passes
 from compressor.comparison.plan import make_plan
-from compressor.comparison.request import read_request
+from compressor.comparison.request import Wishes, read_request, with_wishes
 from compressor.comparison.result import METRICS, read_result
 from compressor.comparison.runs import HowToRun
 from compressor.comparison.training_record import TrainingRecord
@@ -120,8 +120,19 @@ def make_inputs(folder):
     return folder
 
 
-def prepared(folder, *, signals=no_signals, overrides=(), retry=False, accept=True, out="out"):
-    plan = make_plan(read_request(folder / "file.toml", names=None), overrides=overrides)
+def prepared(
+    folder,
+    *,
+    signals=no_signals,
+    overrides=(),
+    retry=False,
+    accept=True,
+    out="out",
+    names=None,
+    seeds=None,
+):
+    request = with_wishes(read_request(folder / "file.toml", names=names), Wishes(seeds=seeds))
+    plan = make_plan(request, overrides=overrides)
     how = HowToRun(
         settings=SETTINGS, command="again", signals=signals, accept_teachers=accept, retry=retry
     )
@@ -326,6 +337,20 @@ def test_other_recipes_and_other_teachers_are_refused(folder):
     finally:
         (folder / "teacher.safetensors").write_bytes(content)
     assert left(prepared(folder)) == []
+
+
+@pytest.mark.workflow
+def test_a_narrower_call_says_what_it_leaves_out(folder):
+    """After the tests above: two seeds of two methods are measured, one of one is asked for."""
+    narrow, seen = run(prepared(folder, names="trades", seeds=1))
+    (note,) = [note for note in narrow.notes if "not shown" in note]
+    assert "not shown: bmtard seed 0 and 1, trades seed 1 (runs: 3, methods of which" in note
+    page = ComparisonFolder(folder / "out").markdown
+    assert "Measured in this folder and not shown" in page.read_text()
+    whole, again = run(prepared(folder))
+    assert (seen, again) == ([], [])
+    assert not any("not shown" in note for note in whole.notes)
+    assert "Measured in this folder and not shown" not in page.read_text()
 
 
 @pytest.mark.workflow
