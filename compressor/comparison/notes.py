@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from compressor.comparison.dotted import assignments, dotted
 from compressor.comparison.planned import PlannedMethod
 from compressor.method_table import InnerAttackRecipe
 from compressor.threat import format_pixels
@@ -9,10 +10,7 @@ from compressor.threat import format_pixels
 
 def notes_on(methods: Sequence[PlannedMethod]) -> tuple[str, ...]:
     """Unequal budgets of attacks, scales of losses, training or numbers of seeds, or one seed."""
-    notes = [*_unequal_attacks(methods), *_unequal_scales(methods)]
-    if any(method.recipe.training != methods[0].recipe.training for method in methods):
-        said = ", ".join(f"{m.label} {m.recipe.training.epochs}" for m in methods)
-        notes.append(f"Methods are not trained alike (epochs: {said}); compare their costs too.")
+    notes = [*_unequal_attacks(methods), *_unequal_scales(methods), *_unequal_trainings(methods)]
     counts = {len(method.recipes) for method in methods}
     if len(counts) > 1:
         notes.append("Methods have different numbers of seeds; pairs are of those in common.")
@@ -47,6 +45,21 @@ def _unequal_scales(methods: Sequence[PlannedMethod]) -> list[str]:
         f"loss_scale differs ({said}); it scales the gradient of what is distilled, so a short run "
         "learns less where it is small."
     ]
+
+
+def _unequal_trainings(methods: Sequence[PlannedMethod]) -> list[str]:
+    """Those trained alike together, each with the keys that are not the same for all."""
+    tables = {m.label: dotted(m.recipe.training.model_dump(mode="json")) for m in methods}
+    first, *others = tables.values()
+    shared = {key for key in first if all(t.get(key, ...) == first[key] for t in others)}
+    groups: dict[str, list[str]] = {}
+    for label, table in tables.items():
+        own = {key: value for key, value in table.items() if key not in shared}
+        groups.setdefault(assignments(own), []).append(label)
+    if len(groups) < 2:
+        return []
+    said = "; ".join(f"{', '.join(labels)}: {own}" for own, labels in groups.items())
+    return [f"Methods are not trained alike ({said}); compare their costs too."]
 
 
 def _budget(attack: InnerAttackRecipe, *, epsilon_pixels: float) -> str:

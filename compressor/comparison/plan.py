@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+from compressor.comparison.dotted import assignments
 from compressor.comparison.notes import notes_on
 from compressor.comparison.planned import PlannedMethod, PlannedRun
 from compressor.comparison.request import ComparisonRequest, MethodEntry, VerificationTable
@@ -153,7 +154,7 @@ def _planned(
     table = {**base, "name": label, "method": own, "teachers": [teachers[i] for i in places]}
     if entry.training:
         table["training"] = _merged(base.get("training", {}), entry.training)
-        said += f"; of training: {', '.join(entry.training)}"
+        said += f"; of training: {assignments(entry.training)}"
     recipes = tuple(
         parse_recipe({**table, "seed": first + place}, origin=label) for place in range(count)
     )
@@ -192,7 +193,7 @@ def _method_table(
             said += f", {' and '.join(taken)} of the base recipe"
     if entry.settings:
         table = _merged(table, entry.settings)
-        said += f"; set here: {', '.join(entry.settings)}"
+        said += f"; set here: {assignments(entry.settings)}"
     return table, said
 
 

@@ -143,7 +143,7 @@ def test_a_comparison_file(folder):
     assert [len(method.recipes) for method in plan.methods] == [3, 2, 3]
     assert trades.recipe.training.epochs == 2
     assert (mild.recipe.method.beta, mild.attack.num_steps) == (1.0, 5)
-    assert mild.origin.endswith("set here: beta, attack")
+    assert mild.origin.endswith("set here: beta=1, attack.num_steps=5")
     assert sources(other) == ["tiny:clean.pt", "tiny:second.pt"]
     assert other.recipe.method.loss_scale == 1.0
     assert plan.verification.samples == 50
@@ -271,9 +271,12 @@ training = { epochs = 1 }
     long, short = (method.recipe.training for method in plan.methods)
     assert (long.epochs, long.schedule.kind, long.ema_decay) == (3, "one_cycle", 0.9)
     assert (short.epochs, short.schedule.kind, short.ema_decay) == (1, "milestones", None)
-    assert plan.methods[0].origin.endswith("; of training: schedule, ema_decay")
+    assert plan.methods[0].origin.endswith("; of training: schedule.kind=one_cycle, ema_decay=0.9")
     (note,) = (note for note in plan.notes if "alike" in note)
-    assert "(epochs: long 3, short 1)" in note
+    assert "(long: epochs=3, schedule.kind=one_cycle, schedule.warmup_fraction=0.3, " in note
+    assert "ema_decay=0.9; short: epochs=1, schedule.kind=milestones, schedule.mil" in note
+    assert note.endswith("ema_decay=none); compare their costs too.")
+    assert "batch_size" not in note
     assert not any("alike" in note for note in plan_of(folder / "base.toml", "trades").notes)
     request = read_request(folder / "unequal.toml", names=None)
     with pytest.raises(
