@@ -31,7 +31,7 @@ _PARTS = {
 
 def print_plan(prepared: "PreparedComparison", output: Output) -> None:
     """Methods, teachers, passes and time, in at most 80 columns."""
-    from compressor.comparison.tables import seconds_text
+    from compressor.comparison.cells import seconds_text
 
     plan, images = prepared.plan, prepared.materials.images
     output.title(f"{plan.base_name}: {len(plan.runs)} runs, reference {plan.reference}")
@@ -66,7 +66,7 @@ def print_plan(prepared: "PreparedComparison", output: Output) -> None:
 
 def _left(work: "Sequence[Work]") -> str:
     """Of one method; what failed is not tried again."""
-    from compressor.comparison.tables import seconds_text
+    from compressor.comparison.cells import seconds_text
 
     num_failed = sum(one.failure is not None for one in work)
     seconds = sum(sum(one.seconds.values()) for one in work)
@@ -104,7 +104,8 @@ def run_line(finished: "FinishedRun") -> str:
 
 def print_result(result: "ComparisonResult", output: Output) -> None:
     """The main table in one piece where the terminal is wide, else in two; then the tests."""
-    from compressor.comparison.tables import W_ROBUST_NOTE, main_cells, paired_cells, setting_text
+    from compressor.comparison.cells import main_cells, paired_cells, setting_text
+    from compressor.comparison.tables import W_ROBUST_NOTE
 
     header, rows = main_cells(result)
     header = tuple(
@@ -160,7 +161,7 @@ def _bar(event: "ComparisonProgress") -> str:
 
 
 def _line(event: "ComparisonProgress") -> str:
-    from compressor.comparison.tables import seconds_text
+    from compressor.comparison.cells import seconds_text
 
     part = _PARTS.get(event.part, event.part)
     here = f"{part} {100 * event.part_fraction:.0f} %" if part else "finished"

@@ -7,6 +7,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from compressor.comparison.cells import main_cells, paired_cells, seconds_text
 from compressor.comparison.result import (
     METRICS,
     ComparisonResult,
@@ -20,14 +21,7 @@ from compressor.comparison.result import (
 )
 from compressor.comparison.statistics import PairedTest
 from compressor.comparison.summary import verdict_of
-from compressor.comparison.tables import (
-    main_cells,
-    paired_cells,
-    seconds_text,
-    to_csv,
-    to_latex,
-    to_markdown,
-)
+from compressor.comparison.tables import to_csv, to_latex, to_markdown
 from compressor.errors import RunError
 from compressor.reports.comparison_picture import comparison_picture
 from compressor.reports.svg import ACCENT, LINE, standalone_svg

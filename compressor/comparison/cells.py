@@ -1,0 +1,120 @@
+"""The cells of every table of a comparison, as text. Needs no torch."""
+
+from compressor.comparison.result import (
+    METRICS,
+    TITLES,
+    ComparisonResult,
+    MethodRow,
+    Metric,
+    Paired,
+    Score,
+)
+
+MINUS = "\N{MINUS SIGN}"
+
+
+def main_cells(result: ComparisonResult) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Header and rows: every metric in percent, then what training costs."""
+    header = ("method", "seeds", *(title_of(result, metric) for metric in METRICS))
+    rows = [
+        (
+            row.label,
+            f"{row.num_measured} of {len(row.runs)}",
+            *(score_cell(row, metric) for metric in METRICS),
+            seconds_text(row.training_seconds),
+            *pass_cells(row),
+        )
+        for row in result.methods
+    ]
+    return (*header, "training", "student passes", "teacher passes"), rows
+
+
+def paired_cells(result: ComparisonResult) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Header and rows: every test against the reference."""
+    header = ("method", "metric", "images", "seeds", "difference", "over seeds, 95 %")
+    rows: list[tuple[str, ...]] = [
+        (
+            row.label,
+            TITLES[pair.metric],
+            f"{pair.num_images:,}",
+            str(len(pair.seeds)),
+            points_text(pair.mean),
+            _over_seeds(pair),
+            p_text(pair.p_value),
+            p_text(pair.p_value_holm),
+            pair.verdict,
+        )
+        for row in result.methods
+        for pair in row.paired
+    ]
+    return (*header, "p", "p, Holm", "verdict"), rows
+
+
+def setting_text(result: ComparisonResult) -> str:
+    """`digits, linf 8/255, seeds 0, 1, 2`: what no table may be read without."""
+    seeds = ", ".join(map(str, result.seeds))
+    plural = "" if len(result.seeds) == 1 else "s"
+    return f"{result.protocol['data']['source']}, {result.threat}, seed{plural} {seeds}"
+
+
+def score_text(score: Score | None) -> str:
+    """`42.31 ± 0.52` in percent; a dash where nothing may be believed or was measured."""
+    if score is None:
+        return "-"
+    spread = "" if score.sample_sd is None else f" \N{PLUS-MINUS SIGN} {100 * score.sample_sd:.2f}"
+    return f"{100 * score.mean:.2f}{spread}"
+
+
+def points_text(fraction: float) -> str:
+    """A difference in percentage points, with its sign."""
+    return f"{100 * fraction:+.2f}".replace("-", MINUS)
+
+
+def p_text(p_value: float) -> str:
+    """Two digits, as far down as they mean something."""
+    return "<1e-15" if p_value < 1e-15 else f"{p_value:.2g}"
+
+
+def seconds_text(seconds: float | None) -> str:
+    """`1 h 05 min`, `3 min 20 s` or `12.5 s`."""
+    if seconds is None:
+        return "-"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def pass_cells(row: MethodRow) -> tuple[str, str]:
+    """`12 + 12`: forwards and backwards of the student, then of all teachers."""
+    passes = row.passes
+    return (
+        f"{passes.student_forwards:.3g} + {passes.student_backwards:.3g}",
+        f"{passes.teacher_forwards:.3g} + {passes.teacher_backwards:.3g}",
+    )
+
+
+def score_cell(row: MethodRow, metric: Metric) -> str:
+    """With how many seeds it rests on, where these are not all."""
+    score = row.score(metric)
+    if score is None or score.num_seeds == len(row.runs):
+        return score_text(score)
+    return f"{score_text(score)} [{score.num_seeds} of {len(row.runs)}]"
+
+
+def title_of(result: ComparisonResult, metric: Metric) -> str:
+    """With its n, where all methods have the same."""
+    scores = [score for row in result.methods if (score := row.score(metric))]
+    counts = {score.num_images for score in scores}
+    if metric == "w_robust" or len(counts) != 1:
+        return TITLES[metric]
+    return f"{TITLES[metric]} (n = {counts.pop():,})"
+
+
+def _over_seeds(pair: Paired) -> str:
+    if pair.over_seeds_low_95 is None or pair.over_seeds_high_95 is None:
+        return "one seed"
+    low, high = (100 * value for value in (pair.over_seeds_low_95, pair.over_seeds_high_95))
+    return f"{low:.1f} to {high:.1f}".replace("-", MINUS)
