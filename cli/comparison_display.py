@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from compressor.comparison_workflow import PreparedComparison, Work
 
 _PLAIN_LINE_EVERY_SECONDS = 30.0
-_WIDE_COLUMNS = 115
+_WIDE_COLUMNS = 140
 _BAR_LETTERS = 24
 _PARTS = {
     "training": "training",
@@ -64,6 +64,12 @@ def print_plan(prepared: "PreparedComparison", output: Output) -> None:
     )
 
 
+def _in_two_lines(title: str) -> str:
+    """What it is, and its n."""
+    title = title.replace(" (n = ", "\n(n = ").replace("AutoAttack-", "AutoAttack-\n")
+    return title.replace(" and ", "\nand ")
+
+
 def _left(work: "Sequence[Work]") -> str:
     """Of one method; what failed is not tried again."""
     from compressor.comparison.cells import seconds_text
@@ -104,13 +110,17 @@ def run_line(finished: "FinishedRun") -> str:
 
 def print_result(result: "ComparisonResult", output: Output) -> None:
     """The main table in one piece where the terminal is wide, else in two; then the tests."""
-    from compressor.comparison.cells import main_cells, paired_cells, setting_text
+    from compressor.comparison.cells import (
+        interval_cells,
+        main_cells,
+        paired_cells,
+        setting_text,
+        validation_cells,
+    )
     from compressor.comparison.tables import W_ROBUST_NOTE
 
     header, rows = main_cells(result)
-    header = tuple(
-        name.replace(" (n = ", "\n(n = ").replace("AutoAttack-", "AutoAttack-\n") for name in header
-    )
+    header = tuple(_in_two_lines(name) for name in header)
     rows = [tuple(cell.replace(" [", "\n[") for cell in row) for row in rows]
     output.title(f"{result.name}: {setting_text(result)}")
     output.say("percent, mean ± standard deviation over seeds")
@@ -122,6 +132,12 @@ def print_result(result: "ComparisonResult", output: Output) -> None:
                 [header[i] for i in columns], [[row[i] for i in columns] for row in rows], output
             )
             output.say("")
+    intervals, reaches = interval_cells(result)
+    output.title("95 % intervals, the images as the sample")
+    _table([_in_two_lines(name) for name in intervals], reaches, output)
+    if any(row.validations for row in result.methods):
+        output.title("On held-out training images, which chose the epoch")
+        _table(*validation_cells(result), output)
     tests, lines = paired_cells(result)
     if lines:
         output.title(f"Against {result.reference}, on the same images")

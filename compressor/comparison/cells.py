@@ -1,5 +1,9 @@
 """The cells of every table of a comparison, as text. Needs no torch."""
 
+from collections.abc import Sequence
+from math import ceil, floor
+from statistics import fmean, stdev
+
 from compressor.comparison.result import (
     METRICS,
     TITLES,
@@ -50,6 +54,30 @@ def paired_cells(result: ComparisonResult) -> tuple[tuple[str, ...], list[tuple[
     return (*header, "p", "p, Holm", "verdict"), rows
 
 
+def interval_cells(result: ComparisonResult) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Header and rows: the 95 % interval of every accuracy; W-Robust, which is none, has none."""
+    metrics = [metric for metric in METRICS if metric != "w_robust"]
+    header = ("method", *(title_of(result, metric) for metric in metrics))
+    return header, [
+        (row.label, *(_interval_text(row.score(metric)) for metric in metrics))
+        for row in result.methods
+    ]
+
+
+def validation_cells(result: ComparisonResult) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Header and rows: what held-out training images said of the chosen epochs."""
+    counts = {known.num_images for row in result.methods for known in row.validations}
+    n = f" (n = {counts.pop():,})" if len(counts) == 1 else ""
+    rows: list[tuple[str, ...]] = []
+    for row in result.methods:
+        pairs = [(known.clean.fraction, known.robust.fraction) for known in row.validations]
+        columns = [[a for a, _ in pairs], [b for _, b in pairs], [(a + b) / 2 for a, b in pairs]]
+        cells = [_mean_text(values, num_runs=len(row.runs)) for values in columns]
+        epochs = [str(run.selected_epoch) for run in row.runs if run.selected_epoch is not None]
+        rows.append((row.label, *cells, ", ".join(epochs) or "-"))
+    return ("method", f"clean{n}", f"PGD{n}", "mean of both", "epoch"), rows
+
+
 def setting_text(result: ComparisonResult) -> str:
     """`digits, linf 8/255, seeds 0, 1, 2`: what no table may be read without."""
     seeds = ", ".join(map(str, result.seeds))
@@ -96,6 +124,23 @@ def pass_cells(row: MethodRow) -> tuple[str, str]:
     )
 
 
+def _interval_text(score: Score | None) -> str:
+    """Rounded outwards, so that the interval holds what it says."""
+    if score is None or score.low_95 is None or score.high_95 is None:
+        return "-"
+    low, high = (round(1000 * value, 6) for value in (score.low_95, score.high_95))
+    return f"{floor(low) / 10:.1f}\N{EN DASH}{ceil(high) / 10:.1f}"
+
+
+def _mean_text(values: Sequence[float], *, num_runs: int) -> str:
+    """As a score of as many seeds."""
+    if not values:
+        return "-"
+    spread = f" \N{PLUS-MINUS SIGN} {100 * stdev(values):.2f}" if len(values) > 1 else ""
+    some = "" if len(values) == num_runs else f" [{len(values)} of {num_runs}]"
+    return f"{100 * fmean(values):.2f}{spread}{some}"
+
+
 def score_cell(row: MethodRow, metric: Metric) -> str:
     """With how many seeds it rests on, where these are not all."""
     score = row.score(metric)
@@ -105,12 +150,12 @@ def score_cell(row: MethodRow, metric: Metric) -> str:
 
 
 def title_of(result: ComparisonResult, metric: Metric) -> str:
-    """With its n, where all methods have the same."""
-    scores = [score for row in result.methods if (score := row.score(metric))]
-    counts = {score.num_images for score in scores}
-    if metric == "w_robust" or len(counts) != 1:
+    """With its n, where all methods have the same; W-Robust with that of both its parts."""
+    parts: tuple[Metric, ...] = ("clean", "autoattack") if metric == "w_robust" else (metric,)
+    counts = [{s.num_images for row in result.methods if (s := row.score(p))} for p in parts]
+    if any(len(some) != 1 for some in counts):
         return TITLES[metric]
-    return f"{TITLES[metric]} (n = {counts.pop():,})"
+    return f"{TITLES[metric]} (n = {' and '.join(f'{some.pop():,}' for some in counts)})"
 
 
 def _over_seeds(pair: Paired) -> str:

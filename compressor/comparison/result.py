@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from compressor.closed_table import ClosedTable, Count, TupleOf
+from compressor.proportions import Proportion
 from compressor.records import read_record, write_record
 from compressor.threat import ThreatModel
 
@@ -109,6 +110,31 @@ class PassRow(ClosedTable):
     teacher_backwards: float
 
 
+class Validation(ClosedTable):
+    """What the chosen epoch showed on held-out training images, by which it was chosen."""
+
+    clean_correct: Annotated[int, Field(ge=0)]
+    robust_correct: Annotated[int, Field(ge=0)]
+    """Under the attack of the choice; see `selection` of the recipe."""
+    num_images: Count
+
+    @model_validator(mode="after")
+    def _is_possible(self) -> Self:
+        if max(self.clean_correct, self.robust_correct) > self.num_images:
+            raise ValueError(f"more than {self.num_images} of {self.num_images} images")
+        return self
+
+    @property
+    def clean(self) -> Proportion:
+        """Of the held-out images."""
+        return Proportion(num_correct=self.clean_correct, num_total=self.num_images)
+
+    @property
+    def robust(self) -> Proportion:
+        """Of the held-out images."""
+        return Proportion(num_correct=self.robust_correct, num_total=self.num_images)
+
+
 class RunRow(ClosedTable):
     """One method with one seed."""
 
@@ -126,6 +152,8 @@ class RunRow(ClosedTable):
     """Device, number format, software and processor, as far as the run says; see `made_on`."""
     measured_on: TupleOf[str]
     """The same of its attacks; more than one where a later call added some."""
+    validation: Validation | None = None
+    """None: not recorded by an earlier version, and the checkpoints, which know it, are gone."""
 
 
 class MethodRow(ClosedTable):
@@ -159,6 +187,11 @@ class MethodRow(ClosedTable):
         """Mean over the runs that know theirs."""
         known = [run.training_seconds for run in self.runs if run.training_seconds is not None]
         return sum(known) / len(known) if known else None
+
+    @property
+    def validations(self) -> tuple[Validation, ...]:
+        """Of the runs that know theirs."""
+        return tuple(run.validation for run in self.runs if run.validation is not None)
 
     @property
     def num_measured(self) -> int:

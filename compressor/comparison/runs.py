@@ -207,12 +207,16 @@ def _find(planned: PlannedRun, folder: ComparisonFolder, materials: Materials) -
 def _find_record(
     planned: PlannedRun, folder: ComparisonFolder, materials: Materials, *, run: RunDirectory | None
 ) -> TrainingRecord | None:
-    """The kept one first: of the run itself a part may have been removed since."""
+    """The kept one first: of the run itself a part may have been removed since.
+
+    What an earlier version did not keep is added, where the run still knows it.
+    """
     place = folder.training(planned.name)
     kept = find_record(place)
     if run is not None:
-        is_of_it = kept is not None and kept.model_sha256 == read_facts(run)["model_sha256"]
-        return kept if is_of_it else TrainingRecord.of(run)
+        if kept is None or kept.model_sha256 != read_facts(run)["model_sha256"]:
+            return TrainingRecord.of(run)
+        return kept.completed_from(run)
     if kept is None:
         return None
     if kept.recipe_id != planned.recipe.recipe_id:

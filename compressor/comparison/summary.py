@@ -192,6 +192,7 @@ def _run_row(seed: int, recipe_id: str, finished: FinishedRun | None) -> RunRow:
         training_seconds=record.training_seconds,
         trained_on=record.trained_on,
         measured_on=tuple(sorted({part.measured_on for part in parts.values() if part})),
+        validation=record.validation,
     )
 
 

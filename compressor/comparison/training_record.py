@@ -5,10 +5,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from compressor.checkpoint import selected_candidate
+from compressor.checkpoint import Best, selected_candidate
 from compressor.closed_table import ClosedTable, TupleOf
 from compressor.comparison.made_on import made_on
-from compressor.errors import RunError
+from compressor.comparison.result import Validation
+from compressor.errors import CheckpointError, RunError
 from compressor.metrics import read_metrics
 from compressor.recipe_file import load_recipe
 from compressor.run_directory import RunDirectory, read_facts, read_json, write_json_atomically
@@ -30,6 +31,8 @@ class TrainingRecord(ClosedTable):
     """See `training_seconds`."""
     trained_on: str
     """See `made_on`."""
+    validation: Validation | None = None
+    """Of the chosen epoch; None as of `selected_epoch`, or kept by an earlier version."""
 
     @classmethod
     def of(cls, run: RunDirectory) -> "TrainingRecord":
@@ -40,6 +43,7 @@ class TrainingRecord(ClosedTable):
             RunError: if its files cannot be read.
         """
         facts = read_facts(run)
+        best = selected_candidate(run) if run.checkpoint_steps() else None
         teachers = [{"role": t["role"], "sha256": t["sha256"]} for t in facts["teachers"]]
         return cls(
             recipe_id=load_recipe(run.resolved_recipe).recipe_id,
@@ -50,10 +54,29 @@ class TrainingRecord(ClosedTable):
             },
             model_sha256=facts["model_sha256"],
             image_shape=facts["image_shape"],
-            selected_epoch=selected_candidate(run).epoch if run.checkpoint_steps() else None,
+            selected_epoch=best.epoch if best else None,
             training_seconds=training_seconds(run),
             trained_on=made_on(read_json(run.environment)),
+            validation=_validation(best) if best else None,
         )
+
+    def completed_from(self, run: RunDirectory) -> "TrainingRecord":
+        """With what an earlier version did not keep, as far as the run still knows it."""
+        if self.validation is not None or not run.checkpoint_steps():
+            return self
+        try:
+            best, place = selected_candidate(run), made_on(read_json(run.environment))
+        except (CheckpointError, RunError):
+            return self
+        return self.model_copy(update={"validation": _validation(best), "trained_on": place})
+
+
+def _validation(best: Best) -> Validation:
+    return Validation(
+        clean_correct=best.clean_correct,
+        robust_correct=best.robust_correct,
+        num_images=best.num_validation,
+    )
 
 
 def training_seconds(run: RunDirectory) -> float | None:

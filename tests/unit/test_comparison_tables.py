@@ -2,12 +2,19 @@
 
 import csv
 import io
+import json
 import re
 from xml.etree import ElementTree
 
 import pytest
 
-from compressor.comparison.cells import main_cells, paired_cells, seconds_text
+from compressor.comparison.cells import (
+    interval_cells,
+    main_cells,
+    paired_cells,
+    seconds_text,
+    validation_cells,
+)
 from compressor.comparison.result import (
     METRICS,
     ComparisonResult,
@@ -16,6 +23,7 @@ from compressor.comparison.result import (
     PassRow,
     RunRow,
     Score,
+    Validation,
     read_result,
     write_result,
 )
@@ -65,7 +73,7 @@ def pair(metric="cw_inf", verdict="better weights", p_value_holm=0.01, over_seed
     )
 
 
-def run_row(seed, status="measured", reason=""):
+def run_row(seed, status="measured", reason="", validation=None):
     return RunRow(
         seed=seed,
         recipe_id="0" * 64,
@@ -76,6 +84,7 @@ def run_row(seed, status="measured", reason=""):
         training_seconds=90.0 if status == "measured" else None,
         trained_on="cpu, float32",
         measured_on=("cpu, float32",),
+        validation=validation,
     )
 
 
@@ -151,6 +160,86 @@ def test_an_alarm_cannot_hide_behind_the_number_of_runs(doubtful):
     row = next(csv.DictReader(io.StringIO(to_csv(doubtful))))
     assert (row["seeds_measured"], row["clean_num_seeds"]) == ("2", "2")
     assert row["autoattack_num_seeds"] == "1"
+
+
+def test_every_accuracy_has_its_interval(result):
+    header, rows = interval_cells(result)
+    assert header[1] == "clean (n = 1,000)"
+    assert len(header) == len(METRICS)
+    assert rows[0] == ("base", *["38.0–44.0"] * 5)
+    assert rows[2][1:3] == ("47.0–53.0", "-")
+    text = markdown(result)
+    assert "## 95 % intervals" in text
+    assert "| broken | 47.0–53.0 | - | - | - | - |" in text
+    assert "the images as the sample" in text
+
+
+def test_an_interval_is_never_shown_narrower_than_it_is():
+    exact = score("clean", (0.4,)).model_copy(update={"low_95": 0.37949, "high_95": 0.42051})
+    _, rows = interval_cells(result_of(method("a", [exact])))
+    assert rows[0][1] == "37.9–42.1"
+
+
+def test_w_robust_has_both_its_numbers_of_images():
+    scores = [score(m, (0.4,), num) for m, num in (("clean", 9000), ("autoattack", 300))]
+    header, _ = main_cells(result_of(method("a", [*scores, score("w_robust", (0.4,), 300)])))
+    assert header[7] == "W-Robust (n = 9,000 and 300)"
+    header, _ = main_cells(result_of(method("a", scores[:1])))
+    assert header[7] == "W-Robust"
+
+
+@pytest.fixture
+def validated():
+    """Two seeds that know what chose them, one that does, and none."""
+    known = [Validation(clean_correct=c, robust_correct=r, num_images=200) for c, r in VALIDATED]
+    runs = [run_row(seed, validation=one) for seed, one in enumerate(known)]
+    return result_of(
+        method("both", runs=tuple(runs)),
+        method("one", runs=(run_row(0), runs[1])),
+        method("none"),
+    )
+
+
+VALIDATED = ((120, 60), (124, 68))
+
+
+def test_the_numbers_that_chose_the_epoch_are_shown_with_their_n(validated):
+    header, rows = validation_cells(validated)
+    assert header == ("method", "clean (n = 200)", "PGD (n = 200)", "mean of both", "epoch")
+    assert rows[0] == ("both", "61.00 ± 1.41", "32.00 ± 2.83", "46.50 ± 2.12", "3, 3")
+    assert rows[1][1:4] == ("62.00 [1 of 2]", "34.00 [1 of 2]", "48.00 [1 of 2]")
+    assert rows[2] == ("none", "-", "-", "-", "3, 3")
+    text = markdown(validated)
+    assert "## On held-out training images" in text
+    assert "| both | 61.00 ± 1.41 | 32.00 ± 2.83 | 46.50 ± 2.12 | 3, 3 |" in text
+    assert "Choose a method by this table" in text
+    assert "held-out training images\n" not in markdown(result_of(method("none")))
+    lines = list(csv.DictReader(io.StringIO(to_csv(validated))))
+    columns = [f"validation_{name}" for name in ("clean_mean", "robust_mean")]
+    assert [float(lines[0][name]) for name in columns] == [0.61, 0.32]
+    counts = ("validation_num_images", "validation_num_seeds")
+    assert [[line[name] for name in counts] for line in lines] == [
+        ["200", "2"],
+        ["200", "1"],
+        ["", ""],
+    ]
+
+
+def test_a_validation_of_more_than_all_is_refused():
+    with pytest.raises(ValueError, match="more than 200 of 200 images"):
+        Validation(clean_correct=1, robust_correct=201, num_images=200)
+
+
+def test_a_result_of_an_earlier_version_is_read(validated, tmp_path):
+    write_result(validated, tmp_path / "result.json")
+    table = json.loads((tmp_path / "result.json").read_text())
+    for row in table["methods"]:
+        for run in row["runs"]:
+            del run["validation"]
+    (tmp_path / "result.json").write_text(json.dumps(table))
+    found = read_result(tmp_path / "result.json")
+    assert {run.validation for row in found.methods for run in row.runs} == {None}
+    assert "| both | 2 of 2 |" in markdown(found)
 
 
 def test_every_form_says_against_what(result):

@@ -297,12 +297,25 @@ def check_weights_may_go(result, folder):
 
 
 def check_what_was_kept_stays_better(result, folder):
-    """Without its checkpoints a run knows no longer which epoch was chosen."""
+    """Without its checkpoints a run knows no longer which epoch was chosen, and why.
+
+    What an earlier version did not keep comes from them, while they are there.
+    """
     place, name = ComparisonFolder(folder / "out"), "trades-seed0"
-    shutil.move(RunDirectory(place.run(name)).checkpoints, folder / "checkpoints")
+    checkpoints, kept = RunDirectory(place.run(name)).checkpoints, place.training(name)
+    shutil.move(checkpoints, folder / "checkpoints")
     again, _ = run(prepared(folder))
     assert again == result
-    shutil.move(folder / "checkpoints", RunDirectory(place.run(name)).checkpoints)
+    earlier = read_json(kept) | {"trained_on": "cpu, float32"}
+    assert earlier.pop("validation")["num_images"] == 50
+    kept.write_text(json.dumps(earlier))
+    again, _ = run(prepared(folder))
+    assert again.methods[1].runs[0].validation is None
+    assert again.methods[1].runs[0].selected_epoch == result.methods[1].runs[0].selected_epoch
+    assert not any("other software" in note for note in again.notes)
+    shutil.move(folder / "checkpoints", checkpoints)
+    again, seen = run(prepared(folder))
+    assert (again, seen) == (result, [])
 
 
 def check_result(result):
@@ -318,6 +331,8 @@ def check_result(result):
     assert trades.pair("clean").mean == pytest.approx(clean[0] - clean[1])
     assert bmtard.passes.teacher_forwards == 2
     assert all(row.training_seconds > 0 for row in result.methods)
+    assert {v.num_images for row in result.methods for v in row.validations} == {50}
+    assert [len(row.validations) for row in result.methods] == [2, 2]
     assert str(result.protocol).count("/") == 0
 
 
