@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 _PLAIN_LINE_EVERY_SECONDS = 30.0
 _WIDE_COLUMNS = 140
+_IN_ONE_PIECE = (tuple(place for place in range(12) if place != 9),)
+_IN_TWO_PIECES = ((0, 1, 2, 5, 6, 7), (0, 3, 4, 8, 10, 11))
+"""Columns of the main table; how long training took by the clock is on the page."""
 _BAR_LETTERS = 24
 _PARTS = {
     "training": "training",
@@ -67,7 +70,7 @@ def print_plan(prepared: "PreparedComparison", output: Output) -> None:
 def _in_two_lines(title: str) -> str:
     """What it is, and its n."""
     title = title.replace(" (n = ", "\n(n = ").replace("AutoAttack-", "AutoAttack-\n")
-    return title.replace(" and ", "\nand ")
+    return title.replace(" and ", "\nand ").replace(", predicted", ",\npredicted")
 
 
 def _left(work: "Sequence[Work]") -> str:
@@ -124,14 +127,11 @@ def print_result(result: "ComparisonResult", output: Output) -> None:
     rows = [tuple(cell.replace(" [", "\n[") for cell in row) for row in rows]
     output.title(f"{result.name}: {setting_text(result)}")
     output.say("percent, mean ± standard deviation over seeds")
-    if output.console.width >= _WIDE_COLUMNS:
-        _table(header, rows, output)
-    else:
-        for columns in ((0, 1, 2, 5, 6, 7), (0, 3, 4, 8, 9, 10)):
-            _table(
-                [header[i] for i in columns], [[row[i] for i in columns] for row in rows], output
-            )
-            output.say("")
+    is_wide = output.console.width >= _WIDE_COLUMNS
+    for columns in _IN_ONE_PIECE if is_wide else _IN_TWO_PIECES:
+        _table([header[i] for i in columns], [[row[i] for i in columns] for row in rows], output)
+        output.say("")
+    output.say("training: its passes times what a pass took in a short test on this machine")
     intervals, reaches = interval_cells(result)
     output.title("95 % intervals, the images as the sample")
     _table([_in_two_lines(name) for name in intervals], reaches, output)

@@ -3,19 +3,15 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from compressor.comparison.estimate import (
-    PassSeconds,
-    measure_passes,
-    measuring_seconds,
-    training_seconds,
-)
+from compressor.comparison.estimate import measuring_seconds, training_seconds
 from compressor.comparison.folder import ComparisonFolder
 from compressor.comparison.measuring import ImageCounts, MeasuringWatchers
+from compressor.comparison.pass_seconds import PassSeconds, find_pass_seconds, measure_passes
 from compressor.comparison.passes import Passes, count_passes
 from compressor.comparison.plan import ComparisonPlan
 from compressor.comparison.planned import PlannedRun
 from compressor.comparison.progress import Clock, ComparisonProgress
-from compressor.comparison.result import ComparisonResult, write_result
+from compressor.comparison.result import ComparisonResult, PassSecondsRow, write_result
 from compressor.comparison.runs import (
     FinishedRun,
     HowToRun,
@@ -66,6 +62,8 @@ class PreparedComparison:
     materials: Materials
     passes: Mapping[str, Passes]
     """By label."""
+    pass_seconds: Mapping[str, PassSecondsRow]
+    """By label, as the result gives them."""
     work: tuple[Work, ...]
     how: HowToRun
 
@@ -117,6 +115,9 @@ def prepare_comparison(
     passes = {method.label: count_passes(method.recipe) for method in plan.methods}
     by_source = {table.source: teacher for table, teacher in teachers.items()}
     speed = measure_passes(recipe, data, by_source, performance=performance)
+    kept = find_pass_seconds(folder, plan.methods, describe_environment(performance))
+    num_images = data.train.num_images
+    now = {m.label: speed.of(m.recipe, num_images=num_images) for m in plan.methods}
     work = []
     for run in plan.runs:
         seconds = _seconds_of(run, passes[run.label], speed, data=data, images=materials.images)
@@ -124,7 +125,13 @@ def prepare_comparison(
         failure = None if how.retry else find_failure(run, folder, materials)
         work.append(Work(planned=run, seconds=parts, failure=failure))
     return PreparedComparison(
-        plan=plan, folder=folder, materials=materials, passes=passes, work=tuple(work), how=how
+        plan=plan,
+        folder=folder,
+        materials=materials,
+        passes=passes,
+        pass_seconds=kept or now,
+        work=tuple(work),
+        how=how,
     )
 
 
@@ -174,6 +181,7 @@ def _write(prepared: PreparedComparison, finished: Sequence[FinishedRun]) -> Com
         prepared.plan,
         finished,
         passes=prepared.passes,
+        pass_seconds=prepared.pass_seconds,
         images=prepared.materials.images,
         environment=describe_environment(performance),
         also_measured=prepared.folder.measured(),

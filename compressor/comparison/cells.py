@@ -25,12 +25,14 @@ def main_cells(result: ComparisonResult) -> tuple[tuple[str, ...], list[tuple[st
             row.label,
             f"{row.num_measured} of {len(row.runs)}",
             *(score_cell(row, metric) for metric in METRICS),
+            seconds_text(row.predicted_seconds),
             seconds_text(row.training_seconds),
             *pass_cells(row),
         )
         for row in result.methods
     ]
-    return (*header, "training", "student passes", "teacher passes"), rows
+    costs = ("training, predicted", "training, clock", "student passes", "teacher passes")
+    return (*header, *costs), rows
 
 
 def paired_cells(result: ComparisonResult) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from compressor.closed_table import ClosedTable, Count, TupleOf
+from compressor.closed_table import ClosedTable, Count, NonNegative, TupleOf
 from compressor.proportions import Proportion
 from compressor.records import read_record, write_record
 from compressor.threat import ThreatModel
@@ -110,6 +110,26 @@ class PassRow(ClosedTable):
     teacher_backwards: float
 
 
+class PassSecondsRow(ClosedTable):
+    """What one image costs one method in one pass, all methods measured together."""
+
+    student_forward: NonNegative
+    student_backward: NonNegative
+    teacher_forward: NonNegative
+    """The mean over its teachers; a way back takes twice as long."""
+    num_images: Count
+    """Training images of an epoch."""
+
+    def per_image(self, passes: PassRow) -> float:
+        """Seconds of all passes that a training image needs."""
+        teacher_passes = passes.teacher_forwards + 2 * passes.teacher_backwards
+        return (
+            passes.student_forwards * self.student_forward
+            + passes.student_backwards * self.student_backward
+            + teacher_passes * self.teacher_forward
+        )
+
+
 class Validation(ClosedTable):
     """What the chosen epoch showed on held-out training images, by which it was chosen."""
 
@@ -173,6 +193,8 @@ class MethodRow(ClosedTable):
     scores: TupleOf[Score]
     """Missing where nothing was measured that may be believed."""
     paired: TupleOf[Paired]
+    pass_seconds: PassSecondsRow | None = None
+    """None: the result is of an earlier version."""
 
     def score(self, metric: Metric) -> Score | None:
         """Of one metric; None where there is none."""
@@ -184,9 +206,17 @@ class MethodRow(ClosedTable):
 
     @property
     def training_seconds(self) -> float | None:
-        """Mean over the runs that know theirs."""
+        """By the clock, the mean over the runs that know theirs."""
         known = [run.training_seconds for run in self.runs if run.training_seconds is not None]
         return sum(known) / len(known) if known else None
+
+    @property
+    def predicted_seconds(self) -> float | None:
+        """Of the same steps, from passes and what a pass took: equal work has equal time."""
+        if self.pass_seconds is None:
+            return None
+        num_images = self.training["epochs"] * self.pass_seconds.num_images
+        return float(num_images * self.pass_seconds.per_image(self.passes))
 
     @property
     def validations(self) -> tuple[Validation, ...]:

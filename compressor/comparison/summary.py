@@ -18,6 +18,7 @@ from compressor.comparison.result import (
     Metric,
     Paired,
     PassRow,
+    PassSecondsRow,
     RunRow,
     Verdict,
 )
@@ -36,6 +37,7 @@ def summarise(
     finished: Sequence[FinishedRun],
     *,
     passes: Mapping[str, Passes],
+    pass_seconds: Mapping[str, PassSecondsRow],
     images: ImageCounts,
     environment: Mapping[str, Any],
     also_measured: Sequence[str] = (),
@@ -46,6 +48,7 @@ def summarise(
         plan: of the comparison.
         finished: in any order.
         passes: by label.
+        pass_seconds: by label too.
         images: how many test images each part was to have.
         environment: of the measurements.
         also_measured: names of runs in the same folder; those of this plan are not counted.
@@ -64,7 +67,13 @@ def summarise(
         paired[label].append(_paired_row(metric, seeds, test, p_value_holm))
     shared = portable_dict(plan.methods[0].recipe)
     rows = tuple(
-        _method_row(method, by_label[method.label], passes[method.label], paired[method.label])
+        _method_row(
+            method,
+            by_label[method.label],
+            paired[method.label],
+            passes=passes[method.label],
+            pass_seconds=pass_seconds[method.label],
+        )
         for method in plan.methods
     )
     return ComparisonResult(
@@ -145,7 +154,12 @@ def _paired_row(
 
 
 def _method_row(
-    method: PlannedMethod, runs: Sequence[FinishedRun], passes: Passes, paired: Sequence[Paired]
+    method: PlannedMethod,
+    runs: Sequence[FinishedRun],
+    paired: Sequence[Paired],
+    *,
+    passes: Passes,
+    pass_seconds: PassSecondsRow,
 ) -> MethodRow:
     known = {run.planned.recipe.seed: run for run in runs}
     return MethodRow(
@@ -159,6 +173,7 @@ def _method_row(
         runs=tuple(_run_row(r.seed, r.recipe_id, known.get(r.seed)) for r in method.recipes),
         scores=scores_of(runs),
         paired=tuple(paired),
+        pass_seconds=pass_seconds,
     )
 
 

@@ -43,6 +43,17 @@ HOW_IT_IS_TESTED = (
 )
 
 
+COSTS = (
+    "Training, predicted: its passes times what a pass took in one short test of all networks in "
+    "turn on this machine, so that equal work has equal time. Training, clock: what the steps "
+    "took, with whatever else the machine did. Both are without validation."
+)
+HOW_TO_READ = (
+    "Percent, mean \N{PLUS-MINUS SIGN} sample standard deviation over the seeds; no spread where "
+    "there is one seed; [1 of 2]: seeds with this number, of all. Accuracy under attack is an "
+    "upper bound of the true one. W-Robust is the mean of clean and AutoAttack-style. Passes are "
+    f"images forwards + backwards through student and teachers per training image. {COSTS}"
+)
 INTERVALS = (
     "Percent, the images as the sample (exact, Clopper and Pearson): another seed may lie outside. "
     "Of several seeds the interval of their mean. W-Robust is no proportion and has none; its two "
@@ -68,11 +79,7 @@ def to_markdown(result: ComparisonResult, picture: "Picture | None", *, picture_
         f"# Comparison: {plain(result.name)}",
         _lead(result),
         markdown_table(header, [[plain(cell) for cell in row] for row in rows]),
-        "Percent, mean \N{PLUS-MINUS SIGN} sample standard deviation over the seeds; no spread "
-        "where there is one seed; [1 of 2]: seeds with this number, of all. Accuracy under attack "
-        "is an upper bound of the true one. W-Robust is the mean of clean and AutoAttack-style. "
-        "Passes are images forwards + backwards through student and teachers per training image; "
-        "training time is without validation, with whatever else the machine did.",
+        HOW_TO_READ,
     ]
     header, rows = interval_cells(result)
     blocks += [
@@ -112,7 +119,8 @@ def to_csv(result: ComparisonResult) -> str:
         columns += [f"{metric}_{name}" for name in _SCORE_COLUMNS]
         columns += [f"{metric}_vs_reference_{name}" for name in _PAIR_COLUMNS]
     columns += [f"validation_{name}" for name in _VALIDATION_COLUMNS]
-    columns += ["training_seconds", *_PASS_COLUMNS]
+    columns += ["training_seconds", "training_predicted_seconds", *_PASS_COLUMNS]
+    columns += [f"pass_seconds_{name}" for name in _PASS_SECONDS_COLUMNS]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)
@@ -124,7 +132,8 @@ def to_csv(result: ComparisonResult) -> str:
             cells += _values(row.score(metric), _SCORE_COLUMNS)
             cells += _values(row.pair(metric), _PAIR_COLUMNS)
         cells += _validation_values(row)
-        cells += [row.training_seconds, *_values(row.passes, _PASS_COLUMNS)]
+        cells += [row.training_seconds, row.predicted_seconds, *_values(row.passes, _PASS_COLUMNS)]
+        cells += _values(row.pass_seconds, _PASS_SECONDS_COLUMNS)
         writer.writerow(["" if cell is None else cell for cell in cells])
     return text.getvalue()
 
@@ -146,16 +155,26 @@ def to_latex(result: ComparisonResult) -> str:
             pair = row.pair(metric)
             mark = _MARKS.get(pair.verdict, "") if pair else ""
             cells.append(_tex(score_cell(row, metric)) + mark)
-        cells += [_tex(seconds_text(row.training_seconds)), _tex(" / ".join(pass_cells(row)))]
+        cells += [_tex(seconds_text(row.predicted_seconds)), _tex(" / ".join(pass_cells(row)))]
         lines.append(" & ".join(cells) + " \\\\")
-    seeds = ", ".join(f"{row.label} {row.num_measured}" for row in result.methods)
-    lines += [
-        "\\bottomrule",
-        "\\end{tabular}",
-        f"% Seeds: {_tex(seeds)}. $\\dagger$: these weights differ from those of "
-        f"{_tex(result.reference)} (exact paired test, Holm); $\\ddagger$: the seeds show it too.",
-    ]
+    lines += ["\\bottomrule", "\\end{tabular}", "\\par\\smallskip", _tex_legend(result)]
     return "\n".join(lines) + "\n"
+
+
+def _tex_legend(result: ComparisonResult) -> str:
+    """Under the table, where a paper shows it too."""
+    seeds = ", ".join(f"{row.label} {row.num_measured}" for row in result.methods)
+    said = (
+        f"{setting_text(result)}. Percent, mean \N{PLUS-MINUS SIGN} sample standard deviation over "
+        f"the seeds; [1 of 2]: seeds with this number, of all. Seeds: {seeds}. Accuracy under "
+        "attack is an upper bound. Training: predicted from passes and what a pass took on one "
+        "machine. Passes: images forwards + backwards, student / teachers, per training image."
+    )
+    marks = (
+        f"$\\dagger$: these weights differ from those of {_tex(result.reference)} (exact paired "
+        "test, Holm); $\\ddagger$: the seeds show it too."
+    )
+    return f"{{\\footnotesize {_tex(said)} {marks}\\par}}"
 
 
 _DAGGERS = {"better": "ddagger", "worse": "ddagger", "better weights": "dagger"}
@@ -168,6 +187,7 @@ _PAIR_COLUMNS = (
 _PASS_COLUMNS = ("student_forwards", "student_backwards", "teacher_forwards", "teacher_backwards")
 
 
+_PASS_SECONDS_COLUMNS = ("student_forward", "student_backward", "teacher_forward")
 _VALIDATION_COLUMNS = ("clean_mean", "robust_mean", "num_images", "num_seeds")
 
 

@@ -6,6 +6,7 @@ from compressor.comparison.measuring import ImageCounts
 from compressor.comparison.passes import Passes
 from compressor.comparison.plan import make_plan
 from compressor.comparison.request import Wishes, read_request, with_wishes
+from compressor.comparison.result import PassSecondsRow
 from compressor.comparison.summary import summarise
 
 BASE = """
@@ -18,6 +19,10 @@ architecture = "tiny"
 """
 PASSES = Passes(
     student_forwards=1.0, student_backwards=1.0, teacher_forwards=0.0, teacher_backwards=0.0
+)
+
+SECONDS = PassSecondsRow(
+    student_forward=0.1, student_backward=0.2, teacher_forward=0.0, num_images=100
 )
 
 
@@ -33,6 +38,7 @@ def notes_of(plan, *measured):
         plan,
         [],
         passes={method.label: PASSES for method in plan.methods},
+        pass_seconds={method.label: SECONDS for method in plan.methods},
         images=ImageCounts(clean=10, white_box=10, cascade=0),
         environment={},
         also_measured=measured,

@@ -21,6 +21,7 @@ from compressor.comparison.result import (
     MethodRow,
     Paired,
     PassRow,
+    PassSecondsRow,
     RunRow,
     Score,
     Validation,
@@ -88,6 +89,11 @@ def run_row(seed, status="measured", reason="", validation=None):
     )
 
 
+SECONDS = PassSecondsRow(
+    student_forward=0.001, student_backward=0.002, teacher_forward=0.01, num_images=500
+)
+
+
 def method(label, scores=(), paired=(), runs=None, epochs=8):
     return MethodRow(
         label=label,
@@ -102,6 +108,7 @@ def method(label, scores=(), paired=(), runs=None, epochs=8):
         runs=runs or (run_row(0), run_row(1)),
         scores=tuple(scores),
         paired=tuple(paired),
+        pass_seconds=SECONDS,
     )
 
 
@@ -139,7 +146,9 @@ def test_cells_have_spread_and_n(result):
     header, rows = main_cells(result)
     assert header[2] == "clean (n = 1,000)"
     assert rows[0][:3] == ("base", "2 of 2", "41.00 ± 1.41")
-    assert rows[0][-3:] == ("1 min 30 s", "13 + 12", "0 + 0")
+    # 8 epochs of 500 images with 13 passes of 1 ms and 12 of 2 ms are 148 s.
+    assert header[-4:-2] == ("training, predicted", "training, clock")
+    assert rows[0][-4:] == ("2 min 28 s", "1 min 30 s", "13 + 12", "0 + 0")
     assert rows[2][:4] == ("broken", "1 of 2", "50.00 [1 of 2]", "-")
 
 
@@ -188,6 +197,23 @@ def test_w_robust_has_both_its_numbers_of_images():
     assert header[7] == "W-Robust"
 
 
+def test_equal_passes_are_predicted_to_take_equally_long(result):
+    """However long the clock says; a way back through a teacher takes twice its way there."""
+    row = method("a").model_copy(update={"runs": (run_row(0),)})
+    slow = run_row(0).model_copy(update={"training_seconds": 900.0})
+    assert row.model_copy(update={"runs": (slow,)}).predicted_seconds == row.predicted_seconds
+    asking = row.passes.model_copy(update={"teacher_forwards": 2.0, "teacher_backwards": 1.0})
+    assert SECONDS.per_image(asking) - SECONDS.per_image(row.passes) == pytest.approx(0.04)
+    line = next(csv.DictReader(io.StringIO(to_csv(result))))
+    assert float(line["training_predicted_seconds"]) == pytest.approx(148)
+    assert float(line["training_seconds"]) == 90
+    assert float(line["pass_seconds_student_backward"]) == 0.002
+    assert "Training, clock: what the steps took, with whatever else" in markdown(result)
+    assert "& 2 min 28 s &" in to_latex(result)
+    earlier = result_of(row.model_copy(update={"pass_seconds": None}))
+    assert main_cells(earlier)[1][0][-4:-2] == ("-", "1 min 30 s")
+
+
 @pytest.fixture
 def validated():
     """Two seeds that know what chose them, one that does, and none."""
@@ -234,6 +260,7 @@ def test_a_result_of_an_earlier_version_is_read(validated, tmp_path):
     write_result(validated, tmp_path / "result.json")
     table = json.loads((tmp_path / "result.json").read_text())
     for row in table["methods"]:
+        del row["pass_seconds"]
         for run in row["runs"]:
             del run["validation"]
     (tmp_path / "result.json").write_text(json.dumps(table))
@@ -301,6 +328,16 @@ def test_latex_is_balanced_and_escaped(result):
     assert "b\\_c" in text
     assert text.count("$^\\dagger$") == 1
     assert text.count("\\begin") == text.count("\\end") == 1
+    seen = re.sub(r"(?m)^%.*$", "", text)
+    (legend,) = [line for line in seen.splitlines() if "footnotesize" in line]
+    assert seen.rstrip().endswith(legend)  # under the table
+    assert legend.count("{") == legend.count("}")
+    for said in (
+        "cifar10, linf 8/255, seeds 0, 1. ",
+        "Seeds: base 2, ",
+        "$\\dagger$: these weights",
+    ):
+        assert said in legend
 
 
 def test_a_result_survives_its_file(result, tmp_path):
