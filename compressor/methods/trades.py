@@ -17,7 +17,10 @@ class TRADES(Stateless):
     """Cross-entropy on clean images plus beta x KL from clean to adversarial answers.
 
     Source: Zhang et al., "Theoretically principled trade-off between robustness and accuracy",
-    ICML 2019. The inner attack raises that same KL, from Gaussian noise, in eval mode.
+    ICML 2019, as in the authors' released script. The inner attack raises that same KL, from
+    Gaussian noise, in eval mode.
+    Deviation: one clean pass serves both terms; the script makes another after the adversarial
+    one, for the same loss, which moves the BatchNorm statistics.
     """
 
     attack: Attack
@@ -26,7 +29,7 @@ class TRADES(Stateless):
     def step(
         self, student: Student, batch: Batch, state: NoState, moment: Moment
     ) -> tuple[StepResult, NoState]:
-        """Attack the answer, then two passes."""
+        """Attack the answer, then two passes, clean first."""
         del moment
         view = student.evaluation_view()
         clean_p_NK = F.softmax(view(batch.x_NCHW), dim=1)
