@@ -2,8 +2,9 @@
 
 Source: Zhao et al., "Mitigating accuracy-robustness trade-off via balanced multi-teacher
 adversarial distillation", TPAMI 46(12), 2024, as released by the authors, for two teachers. Any
-number of teachers is ours; two are balanced as by the authors, but for rounding. Numbers are
-Python floats, as there, so that the arithmetic is the same on every device.
+number of teachers is ours. Of the same losses and entropies two get the authors' temperatures and
+weights to the last bit: every division is theirs, in their order. Numbers are Python floats, as
+there, so that the arithmetic is the same on every device.
 
 Sums are exact before they are rounded and everything else is a minimum, a maximum or a matter of
 one teacher, so the order of teachers does not matter to the last bit.
@@ -13,6 +14,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+_NUM_ROLES = 2
+"""The authors' number of losses."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,9 +86,12 @@ def balance_loss_weights(
     """Normalization loss balance: the loss that fell less since batch 1 gets more weight.
 
     An exponential moving average, with factor `rate`, of each loss's part of the sum of relative
-    losses. The first call sets the reference losses. Ours: with more than two teachers each
-    relative loss counts by its share of its role, so that the roles are balanced by the means of
-    their relative losses, and no role gains weight by having more teachers.
+    losses. The first call sets the reference losses. The authors divide the relative losses by
+    their mean before they divide by the sum, which cancels but for rounding and is kept.
+
+    Ours: with more than two teachers each relative loss counts by its share of its role, so that
+    the roles are balanced by the means of their relative losses, and no role gains weight by having
+    more teachers. The mean is then that of the two roles.
 
     Args:
         state: what the batch before left.
@@ -96,24 +103,24 @@ def balance_loss_weights(
 
     Returns:
         The weights for this very batch, which sum to 1; unchanged where a loss is not finite, which
-        the trainer refuses, and where all relative losses are 0.
+        the trainer refuses, and where all relative losses are 0 or next to it.
     """
     if not all(math.isfinite(loss) for loss in losses):
         return state
     first = state.first_losses if state.first_losses is not None else tuple(losses)
     relative = _relative_losses(losses, first, exponent=exponent)
     counted = [share * value for share, value in zip(shares, relative, strict=True)]
-    total = math.fsum(counted)
-    if rate == 0 or total == 0 or not math.isfinite(total):
+    mean = math.fsum(counted) / _NUM_ROLES
+    if rate == 0 or mean == 0 or not math.isfinite(mean):
         return LossWeightState(weights=state.weights, first_losses=first)
+    over_mean = [value / mean for value in counted]
+    total = math.fsum(over_mean)
     moved = [
         max(0.0, weight - rate * (weight - value / total))
-        for weight, value in zip(state.weights, counted, strict=True)
+        for weight, value in zip(state.weights, over_mean, strict=True)
     ]
-    total_weight = math.fsum(moved)
-    return LossWeightState(
-        weights=tuple(weight / total_weight for weight in moved), first_losses=first
-    )
+    factor = 1 / math.fsum(moved)
+    return LossWeightState(weights=tuple(factor * weight for weight in moved), first_losses=first)
 
 
 def _relative_losses(

@@ -39,8 +39,10 @@ class BMTARD(WithoutTensors):
 
     Source: Zhao et al., "Mitigating accuracy-robustness trade-off via balanced multi-teacher
     adversarial distillation", TPAMI 46(12), 2024, as in the authors' released script.
-    The authors': one clean and one robust teacher. With these, every number here is theirs but for
-    rounding.
+    The authors': one clean and one robust teacher. With these, temperatures and weights are theirs
+    to the last bit for the same losses, entropies and rates. The losses differ by rounding: s x
+    mean over images of a sum over classes here, one mean over N x K there. So do rates after the
+    second drop: rate x 0.1^2 here, (rate x 0.1) x 0.1 there.
     Ours: any number of teachers, at least one of each role. Each temperature steps against the
     teacher whose entropy is farthest from its own, so that all entropies come together. The goal of
     w_i is c_i r_i / sum of c_j r_j, where c_i is 1 / (number of distinct teachers in its role): the

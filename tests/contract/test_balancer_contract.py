@@ -76,14 +76,15 @@ def test_temperatures_of_two_are_the_authors_to_the_last_bit(robust, clean, a, b
 
 @given(fractions, losses, losses, losses, losses, fractions)
 def test_loss_weights_of_two_are_the_authors_to_the_last_bit(w, first_a, first_b, a, b, rate):
-    """The released rule, spelt out."""
+    """The released rule, spelt out in the order of the script: over the mean, over the sum."""
     ours = LossWeightState(weights=(w, 1 - w), first_losses=(first_a, first_b))
     after = balance_loss_weights(ours, (a, b), shares=(1.0, 1.0), rate=rate)
-    relative_a, relative_b = a / first_a, b / first_b
-    weight_a = max(0.0, w - rate * (w - relative_a / (relative_a + relative_b)))
-    weight_b = max(0.0, (1 - w) - rate * ((1 - w) - relative_b / (relative_a + relative_b)))
-    total = weight_a + weight_b
-    expected = (weight_a / total, weight_b / total) if rate else (w, 1 - w)
+    mean = (a / first_a + b / first_b) / 2
+    part_a, part_b = a / first_a / mean, b / first_b / mean
+    weight_a = max(0.0, w - rate * (w - part_a / (part_a + part_b)))
+    weight_b = max(0.0, (1 - w) - rate * ((1 - w) - part_b / (part_a + part_b)))
+    factor = 1.0 / (weight_a + weight_b)
+    expected = (weight_a * factor, weight_b * factor) if rate else (w, 1 - w)
     assert after.weights == expected
 
 

@@ -141,8 +141,8 @@ def run_oracle():
         weight_robust -= WEIGHT_RATE * factor * (weight_robust - goal_robust)
         weight_clean -= WEIGHT_RATE * factor * (weight_clean - goal_clean)
         weight_robust, weight_clean = max(weight_robust, 0.0), max(weight_clean, 0.0)
-        both = weight_robust + weight_clean
-        weight_robust, weight_clean = weight_robust / both, weight_clean / both
+        factor_of_both = 1.0 / (weight_robust + weight_clean)
+        weight_robust, weight_clean = weight_robust * factor_of_both, weight_clean * factor_of_both
 
         total = weight_robust * loss_robust + weight_clean * loss_clean
         gradients = torch.autograd.grad(total, list(student.parameters()))

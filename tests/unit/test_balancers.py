@@ -207,6 +207,7 @@ def test_loss_weights_of_several_worked_by_hand():
         pytest.param((math.nan, 1.0), id="not a number"),
         pytest.param((1.0, math.inf), id="infinite"),
         pytest.param((0.0, 0.0), id="both lost"),
+        pytest.param((5e-324, 0.0), id="the least number, whose half is 0"),
     ],
 )
 def test_loss_weights_stay_where_there_is_no_part(losses):
