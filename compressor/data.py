@@ -142,7 +142,7 @@ def load_training_data(
 
     Args:
         recipe: Names the source and the size of the validation part.
-        seed: Decides which images are held out.
+        seed: Of the run; decides which images are held out where the recipe has no `split_seed`.
         settings: Whether images are cached, and how much memory they may take.
         device: Where batches will be.
         download: Let torchvision fetch a data set that is not there.
@@ -153,7 +153,7 @@ def load_training_data(
     source = open_source(recipe, part="train", download=download)
     labels_N = torch.tensor(source.labels)
     check_validation_size(source, labels_N, recipe.validation_size)
-    keys_N = sample_keys(torch.arange(len(labels_N)), seed=seed)
+    keys_N = sample_keys(torch.arange(len(labels_N)), seed=recipe.split_seed_in_run(seed))
     order_N = balanced_order(labels_N, uniform(keys_N, stream=Stream.HOLD_OUT))
     held_out, rest = order_N.tensor_split([recipe.validation_size])
     check_training_size(recipe, num_left=len(rest))

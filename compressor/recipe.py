@@ -54,6 +54,9 @@ class DataRecipe(ClosedTable):
     source: str
     validation_size: Count
     """Training images held out for selection, the same number of each class up to one."""
+    split_seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    """Decides which those are; None: the seed of the run. Runs that are compared on images that
+    none of them was trained on need one split for all of their seeds."""
     training_size: Count | None = None
     """Train on so many of the others, the same number of each class up to one; None: on all."""
     image_size: Side | None = None
@@ -66,6 +69,10 @@ class DataRecipe(ClosedTable):
     min_crop_area: Annotated[float, Field(gt=0, lt=1)] | None = None
     """In place of that, as is usual for ImageNet: cut out a part of at least this fraction of the
     image at random, and enlarge it to the original size; needs `crop_padding_pixels = 0`."""
+
+    def split_seed_in_run(self, seed: int) -> int:
+        """The seed that decides which images are held out in a run of that seed."""
+        return seed if self.split_seed is None else self.split_seed
 
 
 class StudentRecipe(ClosedTable):
@@ -216,6 +223,7 @@ def portable_dict(recipe: Recipe) -> dict[str, Any]:
 
 _LATER_SETTINGS: Mapping[str, object] = MappingProxyType(
     {
+        "data.split_seed": None,
         "data.training_size": None,
         "data.min_crop_area": None,
         "training.accumulate_batches": 1,

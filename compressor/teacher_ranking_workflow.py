@@ -173,7 +173,7 @@ def _data_recipe(request: RankingRequest, recipe: Recipe | None) -> DataRecipe:
 
 
 def _held_out(asked: _Asked, request: RankingRequest, performance: Performance) -> TrainingSplit:
-    """The first images, classes balanced, of those that every run of this seed holds out."""
+    """The first images, classes balanced, of those that every run of this split holds out."""
     try:
         return load_training_data(
             asked.data,
@@ -223,4 +223,6 @@ def _has_seen(source: str, asked: _Asked, split: TrainingSplit) -> Seen:
     if facts["training_content_sha256"] != split.content_sha256:
         return "unknown"
     has_held_out = recipe.data.validation_size >= split.num_images
-    return "no" if recipe.seed == asked.seed and has_held_out else "yes"
+    theirs = recipe.data.split_seed_in_run(recipe.seed)
+    is_same_split = theirs == asked.data.split_seed_in_run(asked.seed)
+    return "no" if is_same_split and has_held_out else "yes"

@@ -4,6 +4,7 @@ import contextlib
 import json
 import re
 import shlex
+import shutil
 import sys
 from pathlib import Path
 from xml.etree import ElementTree
@@ -168,6 +169,21 @@ def test_a_recipe_gives_teachers_data_and_threat_and_gets_them_back(folder, tmp_
     others = {row.source: row.clean.fraction for row in ranking.teachers[1:]}
     assert others[found[0].source] == max(others.values())
     assert found[1].source == ranking.teachers[0].source
+
+
+@pytest.mark.parametrize(
+    ("seed", "split_seed", "seen"), [(0, None, "no"), (1, None, "yes"), (1, 0, "no"), (0, 1, "yes")]
+)
+def test_what_a_run_held_out_follows_its_split(seed, split_seed, seen, folder, tmp_path, capfd):
+    """The images are those of split 0, as no recipe says otherwise."""
+    shutil.copytree("run", tmp_path / "teacher")
+    written = tmp_path / "teacher/recipe.resolved.json"
+    table = json.loads(written.read_text())
+    table["seed"], table["data"]["split_seed"] = seed, split_seed
+    written.write_text(json.dumps(table))
+    assert call(f"{tmp_path}/teacher --data digits {QUICK} --json") == 0
+    (teacher,) = json.loads(capfd.readouterr().out)["teachers"]
+    assert teacher["has_seen_images"] == seen
 
 
 def test_the_order_of_the_teachers_changes_nothing(folder, capfd):

@@ -121,6 +121,17 @@ def test_hold_out_follows_the_seed(data):
     assert other.train.content_sha256 == data.train.content_sha256
 
 
+def test_a_split_seed_holds_out_the_same_images_in_runs_of_all_seeds(data):
+    """And takes the same part of the others."""
+    recipe = DIGITS.model_copy(update={"split_seed": 0, "training_size": 203})
+    first, second = load(recipe=recipe, seed=1), load(recipe=recipe, seed=2)
+    assert first.validation.index_sha256 == data.validation.index_sha256
+    assert first.validation.index_sha256 == second.validation.index_sha256
+    assert first.train.index_sha256 == second.train.index_sha256
+    other = load(recipe=DIGITS.model_copy(update={"split_seed": 3}))
+    assert other.validation.index_sha256 != data.validation.index_sha256
+
+
 def test_index_hash_can_be_recomputed(data):
     index = sorted(data.train.index_N.tolist())
     expected = hashlib.sha256(np.array(index, dtype="<i8").tobytes()).hexdigest()

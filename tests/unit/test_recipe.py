@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+from safetensors import safe_open
 
 from compressor.errors import RecipeError, UsageError
 from compressor.method_recipes import BMTARDRecipe
@@ -13,7 +14,8 @@ from compressor.methods.build import resolve_temperature_rate
 from compressor.recipe import TrainingRecipe, portable_dict, resolved_dict
 from compressor.recipe_file import apply_override, load_recipe, parse_recipe, read_table
 
-EXAMPLES = sorted((Path(__file__).parents[2] / "examples" / "recipes").glob("*.toml"))
+ROOT = Path(__file__).parents[2]
+EXAMPLES = sorted((ROOT / "examples" / "recipes").glob("*.toml"))
 
 MINIMAL = {
     "name": "demo",
@@ -183,6 +185,7 @@ CHANGES = {
     "threat.norm": None,  # has one value only
     "threat.epsilon_pixels": "4/255",
     "data.source": "fashion-mnist:/data",
+    "data.split_seed": "0",
     "data.training_size": "1000",
     "data.validation_size": "200",
     "data.image_size": "16",
@@ -300,6 +303,14 @@ def test_portable_dict_has_no_path(override):
 
 def test_default_written_out_is_the_same_recipe():
     assert recipe_with("training.epochs=300").recipe_id == recipe_with().recipe_id
+
+
+@pytest.mark.parametrize("name", ["cifar10-small", "cifar10-mobilenet"])
+def test_a_setting_that_comes_later_leaves_older_recipes_their_identity(name):
+    """Published students carry the identity that their recipe had when they were trained."""
+    with safe_open(ROOT / "docs/results" / name / "model.safetensors", framework="pt") as file:
+        stored = file.metadata()["robust_compress.recipe_id"]
+    assert load_recipe(ROOT / "examples/recipes" / f"{name}.toml").recipe_id == stored
 
 
 def test_round_trip_through_resolved_json(tmp_path):
