@@ -41,7 +41,7 @@ def rank_teachers(
         str | None, typer.Option(help="Where the images are [default: of the recipe].")
     ] = None,
     samples: Annotated[
-        int, typer.Option(min=2, help="Images held out of training, classes balanced.")
+        int, typer.Option(min=2, help="Images that runs hold out of training, classes balanced.")
     ] = 500,
     choose: Annotated[
         int, typer.Option(metavar="K", min=1, max=30, help="Robust teachers to recommend.")
@@ -66,8 +66,9 @@ def rank_teachers(
 ) -> None:
     """Measure teachers clean and under attack, and how far what fools one fools the others.
 
-    The images are held out of training, never test images. Recommended are robust teachers with
-    low mutual transferability. A recipe gives its teachers with their mean, std and resize_to, its
+    The images are those that runs hold out of training, never test images; a teacher that was
+    trained elsewhere may have seen them. Recommended are robust teachers with low mutual
+    transferability. A recipe gives its teachers with their mean, std and resize_to, its
     data and its threat. For example files and runs, the teachers of a recipe, or both:
 
     `robust-compress teacher rank resnet18:a.safetensors runs/b c.safetensors --data cifar10:DATA`
@@ -183,6 +184,7 @@ def _print(ranking: "TeacherRanking", output: Output) -> None:
     output.say(
         f"Each of {ranking.num_images} images; worst: right also on the images made on all others."
     )
+    output.say(pages.seen_line(ranking))
     output.title("Size, speed and mean entropy")
     _table(pages.nature_table(ranking), output)
     if 1 < len(ranking.teachers) <= _MAX_COLUMNS:

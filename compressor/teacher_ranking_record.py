@@ -164,17 +164,18 @@ def notes_on(found: Found, *, seen: Sequence[Seen]) -> tuple[str, ...]:
 
 
 def _notes_on_seen(found: Found, seen: Sequence[Seen]) -> list[str]:
-    """Who may flatter beside whom; if nothing is known of any teacher, they are alike."""
+    """Whose accuracies flatter, and whose may."""
     notes = [
         f"{found.teachers[place].name} was trained on some of these images; its accuracies flatter"
         for place in found.order
         if seen[place] == "yes"
     ]
     unknown = [found.teachers[place].name for place in found.order if seen[place] == "unknown"]
-    if unknown and set(seen) != {"unknown"}:
+    if unknown:
+        beside = "" if len(unknown) == len(seen) else " beside the others"
         notes.append(
             f"{', '.join(unknown)} may have been trained on some of these images, which files do "
-            "not say; accuracies would then flatter beside the others"
+            f"not say; accuracies would then flatter{beside}"
         )
     return notes
 

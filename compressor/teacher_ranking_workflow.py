@@ -69,7 +69,9 @@ class _Asked(NamedTuple):
 def rank_teachers(
     request: RankingRequest, *, observe: Callable[[RankingProgress], None] = lambda _: None
 ) -> tuple[TeacherRanking, list[TeacherRecipe]]:
-    """Measure teachers on images held out of training and recommend some; nothing is written.
+    """Measure teachers on images of the training part and recommend some; nothing is written.
+
+    They are those that every run of the split holds out; other teachers may have learnt from them.
 
     Args:
         request: what is asked for.

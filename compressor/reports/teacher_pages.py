@@ -1,6 +1,7 @@
 """A ranking of teachers as tables, as Markdown and as a heat map. Needs no torch."""
 
 from pathlib import Path
+from typing import get_args
 
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
@@ -18,7 +19,12 @@ from compressor.reports.svg import (
     label,
     standalone_svg,
 )
-from compressor.reports.teacher_ranking import RankedTeacher, TeacherRanking, TransferCell
+from compressor.reports.teacher_ranking import (
+    RankedTeacher,
+    Seen,
+    TeacherRanking,
+    TransferCell,
+)
 from compressor.run_directory import write_json_atomically, write_text_atomically
 
 MAX_DRAWN = 30
@@ -45,6 +51,17 @@ def accuracy_table(ranking: TeacherRanking) -> Table:
         rows.append((f"{number} {teacher.name}", *cells, worst))
     header = ("teacher", "clean", "95 % interval", "APGD", "95 % interval", "worst")
     return Table(align="lrrrrr", header=header, rows=tuple(rows))
+
+
+def seen_line(ranking: TeacherRanking) -> str:
+    """Which teachers were trained on some of the images; no table of 80 columns has room for it."""
+    answers = ((seen, _names_of(ranking, seen)) for seen in get_args(Seen))
+    said = "; ".join(f"{seen}: {names}" for seen, names in answers if names)
+    return f"Seen in training, some of these images: {said}."
+
+
+def _names_of(ranking: TeacherRanking, seen: Seen) -> str:
+    return ", ".join(t.name for t in ranking.teachers if t.has_seen_images == seen)
 
 
 def nature_table(ranking: TeacherRanking) -> Table:
@@ -129,7 +146,8 @@ def to_markdown(ranking: TeacherRanking, picture: Picture | None, *, picture_nam
         *map(plain, choice_lines(ranking)),
         "\n".join(f"- {plain(note)}" for note in ranking.notes),
         "## Accuracy",
-        f"Of {ranking.num_images} images. `worst`: right also on the images made on all others.",
+        f"Of {ranking.num_images} images. `worst`: right also on the images made on all others. "
+        "`trained on them`: on some of these images; of a file alone that is unknown.",
         _markdown(_with_counts(ranking)),
         "## Size, speed and entropy",
         _markdown(nature_table(ranking)),

@@ -99,7 +99,7 @@ class TeacherRanking(ClosedTable):
     def protocol(self) -> str:
         """For people, in one line."""
         return (
-            f"{self.num_images} images of {self.data}, held out of training, classes balanced; "
+            f"{self.num_images} images of the training part of {self.data}, classes balanced; "
             f"{self.threat}, APGD on the cross-entropy, {self.num_steps} steps"
         )
 

@@ -110,7 +110,8 @@ def test_a_ranking_is_printed_and_written(folder, tmp_path, capsys):
     assert [teacher.has_seen_images for teacher in ranking.teachers] == ["no", "unknown", "unknown"]
     assert len(ranking.transfer) == 6
     for said in (
-        "20 images of digits, held out of training",
+        "20 images of the training part of digits, classes balanced",
+        "Seen in training, some of these images: no: run; unknown: wide.safetensors, file.onnx.",
         "linf 4/255",
         "40 steps",
         "1 run",
@@ -118,7 +119,7 @@ def test_a_ranking_is_printed_and_written(folder, tmp_path, capsys):
         "file.onnx: an ONNX file gives no gradient",
         "may have been trained on some of these images",
     ):
-        assert said in out
+        assert said in words(out)
     text = (tmp_path / "out/teachers.md").read_text()
     assert "Recommended: run" in text
     assert "of 20" in text
@@ -149,6 +150,15 @@ def test_lines_fit_the_terminal(columns, folder, capsys, monkeypatch):
     assert max(map(len, tables)) <= columns
 
 
+def test_that_nothing_is_known_of_files_is_said(folder, tmp_path, capsys):
+    assert call(f"wide.safetensors narrow.safetensors --data digits {QUICK} --out {tmp_path}") == 0
+    out, text = words(capsys.readouterr().out), (tmp_path / "teachers.md").read_text()
+    said = r"(wide|narrow)\.safetensors, (wide|narrow)\.safetensors may have been trained on some"
+    assert re.search(said, out)
+    assert "held out" not in out + text
+    assert len(re.findall(r"\| unknown +\|", text)) == 2
+
+
 def test_a_recipe_gives_teachers_data_and_threat_and_gets_them_back(folder, tmp_path, capsys):
     assert call(f"recipe.toml narrow.safetensors {QUICK} --choose 1 --out {tmp_path}") == 0
     out = capsys.readouterr().out
@@ -161,6 +171,7 @@ def test_a_recipe_gives_teachers_data_and_threat_and_gets_them_back(folder, tmp_
     }
     seen = {teacher.name: teacher.has_seen_images for teacher in ranking.teachers}
     assert seen["run"] == "yes"  # it was trained with another seed
+    assert "some of these images: yes: run; unknown: " in words(out)
     assert "run was trained on some of these images; its accuracies flatter" in words(out)
     command = shlex.split(out.rpartition("Next: ")[2])
     assert command[:4] == ["robust-compress", "distill", "recipe.toml", "--set"]

@@ -211,7 +211,17 @@ def test_who_was_trained_on_the_images_is_named():
     assert "a was trained on some of these images; its accuracies flatter" in said
     assert "c may have been trained on some of these images" in said
     assert "b " not in said
-    assert not any("trained on" in note for note in notes_of(result, ["unknown"] * 3))
+    assert "accuracies would then flatter beside the others" in said
+    assert not any("trained on" in note for note in notes_of(result, ["no"] * 3))
+
+
+def test_where_nothing_is_known_of_any_teacher_that_is_said():
+    result = found(*(teacher(name, Look(FIRST)) for name in "abc"))
+    (note,) = [note for note in notes_of(result, ["unknown"] * 3) if "trained on" in note]
+    assert note == (
+        "a, b, c may have been trained on some of these images, which files do not say; "
+        "accuracies would then flatter"
+    )
 
 
 def test_the_first_batch_is_not_timed():
