@@ -4,11 +4,14 @@ from pathlib import Path
 
 import pytest
 
-from compressor.errors import RecipeError
+from compressor.errors import RecipeError, TeacherError
 from compressor.method_recipes import DARHTAttackRecipe, DARHTRecipe
+from compressor.methods.build import build_method
+from compressor.networks import NetworkSpec, build_classifier
 from compressor.recipe import portable_dict
 from compressor.recipe_file import apply_override, parse_recipe, read_table
 from compressor.schedules import Progress, rate_factor
+from compressor.teacher import Teacher
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "recipes" / "cifar100-darht.toml"
 
@@ -22,7 +25,7 @@ def example(*overrides):
 
 def released_overrides():
     """Those that the head of the example lists."""
-    words = EXAMPLE.read_text().split("What is released comes with:")[1].split("Deviation")[0]
+    words = EXAMPLE.read_text().split("What is released comes with:")[1].split("But for")[0]
     return [part.strip(" #\n").replace("'", "") for part in words.split("--set ")[1:]]
 
 
@@ -55,6 +58,49 @@ def test_the_released_run_is_what_the_example_lists():
     ]
     expected = [0.0] * 3 + [0.1] * 113 + [0.01] * 45 + [1e-3] * 25 + [1e-4] * 164
     assert rates == pytest.approx(expected, rel=1e-12)
+
+
+def build(recipe, *, with_networks):
+    """The method of the recipe, its teachers tiny networks, or mere answers as of ONNX files."""
+    spec = NetworkSpec(architecture="tiny", num_classes=10, image_shape=(1, 8, 8), width=0.5)
+    teachers = [
+        Teacher(
+            name=table.source,
+            role=table.role,
+            answer=(network := build_classifier(spec, seed=place)),
+            network=network if with_networks else None,
+            spec=spec if with_networks else None,
+            num_parameters=None,
+            num_classes=10,
+            sha256="",
+            num_bytes=0,
+        )
+        for place, table in enumerate(recipe.teachers)
+    ]
+    threat = recipe.threat.build()
+    return build_method(recipe.method, threat=threat, teachers=teachers, num_steps=350 * 196)
+
+
+def test_the_example_can_be_built_with_its_onnx_teachers():
+    assert len(build(example(), with_networks=False).teachers) == 4
+
+
+def test_what_is_released_can_be_built_with_networks_and_but_for_one_switch_with_answers():
+    overrides = released_overrides()
+    assert len(overrides) == 9
+    assert build(example(*overrides), with_networks=True).has_drawing_teachers
+    with pytest.raises(TeacherError, match="is an ONNX file, which has no layers in train"):
+        build(example(*overrides), with_networks=False)
+    others = [switch for switch in overrides if switch != "method.teacher_mode=train"]
+    assert len(others) == 8
+    assert not build(example(*others), with_networks=False).has_drawing_teachers
+
+
+def test_the_first_teacher_normalises_as_the_script_builds_it():
+    first = example().teachers[0]
+    assert first.source.startswith("wide_resnet_70_16:")
+    assert first.mean == (0.5071, 0.4865, 0.4409)
+    assert first.std == (0.2673, 0.2564, 0.2762)
 
 
 def test_phases_change_at_the_epochs_of_the_authors():
