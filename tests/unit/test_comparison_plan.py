@@ -1,5 +1,7 @@
 """From a comparison file, or a recipe and names, to the recipes of all runs."""
 
+from pathlib import Path
+
 import pytest
 
 from compressor.comparison.plan import make_plan
@@ -365,3 +367,38 @@ def test_bad_wishes_are_refused(folder):
         plan_of(folder / "file.toml", "bmtard")
     with pytest.raises(UsageError, match="no method 'x' to refer to; use trades"):
         plan_of(folder / "base.toml", "trades", reference="x")
+
+
+COMPARISONS = sorted((Path(__file__).parents[2] / "examples" / "comparisons").glob("*.toml"))
+
+
+@pytest.mark.parametrize("path", COMPARISONS, ids=lambda path: path.stem)
+def test_example_comparisons_can_be_planned(path):
+    assert make_plan(read_request(path, names=None)).methods
+
+
+def test_the_darht_example_pairs_teachers_that_differ_with_teachers_alike():
+    (path,) = [path for path in COMPARISONS if path.stem == "cifar10-darht"]
+    plan = make_plan(read_request(path, names=None))
+    assert plan.reference == "darht-alike"
+    mixed, alike = (
+        next(method for method in plan.methods if method.label == label)
+        for label in ("darht-mixed", "darht-alike")
+    )
+    assert [recipe.seed for recipe in mixed.recipes] == [recipe.seed for recipe in alike.recipes]
+    assert mixed.recipe.method == alike.recipe.method
+
+
+def test_ciard_retrains_its_teacher_by_rates_of_the_authors_sum():
+    """Of 1,580 steps and of 117,300: a cosine from a sixth of the run on."""
+    (path,) = [path for path in COMPARISONS if path.stem == "cifar10-methods"]
+    methods = {
+        method.label: method.recipe for method in make_plan(read_request(path, names=None)).methods
+    }
+    recipe = methods["ciard"]
+    assert recipe.training.batch_size == 128
+    num_steps = recipe.training.epochs * -(-recipe.data.training_size // 128)
+    assert num_steps == 1_580
+    ours = recipe.method.teacher_learning_rate * num_steps
+    assert ours == pytest.approx(1e-4 * 117_300, rel=0.01)
+    assert recipe.method.teacher_from_fraction == 50 / 300
