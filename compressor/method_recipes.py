@@ -179,8 +179,8 @@ class IADRecipe(MethodTable):
     trust_exponent: NonNegative = 0.1
     """Trust is the teacher's probability of the label on the adversarial image, to this power."""
     teacher_trust: TeacherTrust = "weighted"
-    """`weighted`: trust is a factor on the teacher's term, as in the paper. `full`: only its
-    complement is one, on the introspection; released in IAD-I."""
+    """`weighted`: trust is a factor on the teacher's term, too; released in IAD-II. `full`: only
+    its complement is one, on the introspection; released in IAD-I."""
     self_target: SelfTarget = "live"
     """Whether introspection also moves the clean answers; released: `live`."""
     attack: InnerAttackRecipe = InnerAttackRecipe(start="uniform")

@@ -25,10 +25,11 @@ class IAD(Stateless):
     (1 - q) x KL(student(x) || student(x'))] + (1 - w) x CE(student(x), y).
 
     Source: Zhu et al., "Reliable adversarial distillation with unreliable teachers", ICLR 2022,
-    as IAD-I: the teacher's targets are its answers on clean images.
-    Deviation: q weighs the teacher too, as the paper says ("partially instead of fully trust") and
-    as the authors' script of IAD-II does; that of IAD-I leaves it out, which
-    `teacher_trust = "full"` reproduces.
+    as IAD-I: the teacher's targets are its answers on clean images. Of the paper itself only the
+    abstract was at hand, not its formulas.
+    Deviation: q weighs the teacher too. The authors' released script of IAD-I does not, which
+    `teacher_trust = "full"` reproduces; that of IAD-II does. Which of them the paper's formula of
+    IAD-I is could not be checked: its abstract says "partially instead of fully trust".
     Introspection is the script's with `self_target = "live"`, which also moves the clean answers
     towards the adversarial ones; `"detached"` is ours and takes the clean answers as given.
     Deviation: the attack meets the student in eval mode, in the script in train mode.
