@@ -21,6 +21,7 @@ from cli.teacher import train_teacher
 from cli.teacher_rank import rank_teachers
 from cli.verify import verify
 from compressor.errors import ExitCode, RobustCompressError, RunError, UsageError
+from compressor.out_of_memory import device_error, is_out_of_memory
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -109,6 +110,9 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(int(ExitCode.INTERRUPTED))
     except Exception as error:  # noqa: BLE001 (the one place where everything ends)
+        if is_out_of_memory(error):
+            print_error(device_error(error), as_json="--json" in sys.argv)
+            sys.exit(int(ExitCode.KNOWN_ERROR))
         if "--json" in sys.argv:
             print_bug(error)
         traceback.print_exc()

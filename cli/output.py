@@ -57,11 +57,12 @@ class Output:
 def print_error(error: RobustCompressError, *, as_json: bool) -> None:
     """The message of a known error, on stderr for people, on stdout as JSON.
 
-    Of several processes the first one says what all have found, another what it alone has.
+    Of several processes the first one says what all have found; what another alone has met it says
+    itself, on stderr.
     """
     if not has_to_speak(error):
         return
-    if as_json:
+    if as_json and is_first():
         _write_error(type(error).__name__, str(error), error.exit_code)
         return
     console = Console(stderr=True, highlight=False, soft_wrap=True)

@@ -57,6 +57,7 @@ def plan(
 
     from cli.recipe_from_options import NamedOptions, recipe_from_options
     from cli.training import performance_settings, performance_words
+    from compressor.forecast import Forecast
     from compressor.forecast_workflow import forecast_run
 
     output = Output(as_json=as_json)
@@ -78,9 +79,12 @@ def plan(
     )
     output.say("... taking some steps of the run")
     found = forecast_run(recipe, settings, out=out, download=download)
-    _print(found, output)
-    more = {"total_seconds": found.total_seconds, "problems": found.problems}
-    output.result(asdict(found) | more)
+    if isinstance(found, Forecast):
+        _print(found, output)
+    for problem in found.problems:
+        output.title(f"It will not fit. {problem}")
+    total = {"total_seconds": found.total_seconds} if isinstance(found, Forecast) else {}
+    output.result(asdict(found) | total | {"problems": found.problems})
     if found.problems:
         raise typer.Exit(int(ExitCode.KNOWN_ERROR))
     words = ["robust-compress", *(["distill"] if recipe.teachers else ["teacher", "train"])]
@@ -110,8 +114,6 @@ def _print(found: "Forecast", output: Output) -> None:
         ["disk", _size(found.disk_bytes), f"of {_size(found.free_disk_bytes)}, for checkpoints"],
     ]
     output.table(("", "", ""), rows)
-    for problem in found.problems:
-        output.title(f"It will not fit. {problem}")
 
 
 def _time(seconds: float) -> str:

@@ -77,7 +77,7 @@ class NonFiniteLossError(RobustCompressError):
 
 
 class DeviceError(RobustCompressError):
-    """The device that was asked for is not there."""
+    """The device that was asked for is not there, or has too little memory."""
 
 
 class MissingDependencyError(RobustCompressError):

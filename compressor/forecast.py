@@ -1,7 +1,6 @@
 """What a run will cost, from a few of its own steps on this very machine."""
 
 import copy
-import os
 import resource
 import shutil
 import statistics
@@ -16,6 +15,8 @@ import torch
 from compressor.augmentation import Augmentation
 from compressor.checkpoint import TrainState
 from compressor.data import Batch, training_batches
+from compressor.host_memory import reachable_bytes
+from compressor.out_of_memory import LESS_FOR_TRAINING, what_was_said
 from compressor.selection import measure_on_validation
 from compressor.trainer import is_validation_due
 from compressor.training_step import Training, take_step
@@ -66,8 +67,7 @@ class Forecast:
         if self.peak_memory_bytes > _MEMORY_RESERVE * self.free_memory_bytes:
             found.append(
                 f"memory: {_gib(self.peak_memory_bytes)} are needed, "
-                f"{_gib(self.free_memory_bytes)} are there; lower training.batch_size (and "
-                "raise training.accumulate_batches), or --memory-mib so that images are streamed"
+                f"{_gib(self.free_memory_bytes)} are there; {LESS_FOR_TRAINING}"
             )
         if self.disk_bytes > self.free_disk_bytes:
             found.append(
@@ -75,6 +75,18 @@ class Forecast:
                 "choose another folder with --out"
             )
         return tuple(found)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoForecast:
+    """Memory ended while the run was prepared or took its steps, so that there are no numbers."""
+
+    problems: tuple[str, ...]
+
+    @classmethod
+    def after(cls, error: Exception) -> "NoForecast":
+        """Of an error that is out of memory."""
+        return cls(problems=(f"memory: it ended ({what_was_said(error)}); {LESS_FOR_TRAINING}",))
 
 
 def forecast(training: Training, *, out: Path) -> Forecast:
@@ -181,16 +193,7 @@ def _free_memory_bytes(training: Training) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device)
-    return _available_bytes() + _peak_memory_bytes(training)
-
-
-def _available_bytes() -> int:
-    """Of main memory, as Linux estimates it; elsewhere all that is built in."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-        return next(int(line.split()[1]) for line in lines if "MemAvailable" in line) * 1024
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return reachable_bytes()
 
 
 def _existing(folder: Path) -> Path:
