@@ -40,7 +40,10 @@ MemoryOption = Annotated[
     typer.Option("--memory-mib", min=1, help="Data sets larger than this are streamed from disk."),
 ]
 WorkersOption = Annotated[
-    int | None, typer.Option("--workers", min=1, help="Processes that decode [default: all cores].")
+    int | None,
+    typer.Option(
+        "--workers", min=1, help="That decode, for each of --nproc [default: share the cores]."
+    ),
 ]
 ResumeOption = Annotated[
     bool, typer.Option("--resume", help="Continue a run that was interrupted.")

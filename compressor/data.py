@@ -137,6 +137,7 @@ def load_training_data(
     settings: PerformanceSettings,
     device: torch.device,
     download: bool = False,
+    ranks: Ranks = ALONE,
 ) -> TrainingData:
     """The training images, with a class-balanced part of them held out for validation.
 
@@ -146,6 +147,7 @@ def load_training_data(
         settings: Whether images are cached, and how much memory they may take.
         device: Where batches will be.
         download: Let torchvision fetch a data set that is not there.
+        ranks: Those that load the same at the same time, and share the work.
 
     Raises:
         DataError: if the source is not usable, or `validation_size` does not fit it.
@@ -160,7 +162,7 @@ def load_training_data(
     if recipe.training_size is not None:  # any beginning of such an order is balanced
         draws_N = uniform(keys_N[rest], stream=Stream.HOLD_OUT)
         rest = rest[balanced_order(labels_N[rest], draws_N)][: recipe.training_size]
-    storage = store_images(source, settings=settings, device=device)
+    storage = store_images(source, settings=settings, device=device, ranks=ranks)
 
     def split(name: str, index_N: Tensor) -> TrainingSplit:
         return _split(TrainingSplit, source, storage, name=name, index_N=index_N, device=device)

@@ -41,7 +41,8 @@ _PIL_ERRORS = (
     Image.DecompressionBombError,
 )
 _Result = TypeVar("_Result")
-_Problem = tuple[str, str]  # name of the file, what is wrong
+Problem = tuple[str, str]
+"""Name of the file, what is wrong."""
 
 
 class _UnusableImageError(Exception):
@@ -102,16 +103,29 @@ class ImageFiles:
             DataError: naming the files that cannot be used.
         """
         images_NCHW = np.empty((len(self), *self.image_shape), dtype=np.uint8)
-        problems: list[_Problem] = []
+        problems: list[Problem] = []
         start = 0
         for piece_NCHW, found in _map_pieces(_decode_piece, self, num_workers=num_workers):
             problems += found
             if not problems:  # otherwise only the remaining problems are of interest
                 images_NCHW[start : start + len(piece_NCHW)] = piece_NCHW
             start += len(piece_NCHW)
+        self.refuse(problems)
+        return images_NCHW
+
+    def problems(self, *, num_workers: int) -> list[Problem]:
+        """Decode everything and keep nothing but the files that cannot be used."""
+        pieces = _map_pieces(_check_piece, self, num_workers=num_workers)
+        return [problem for found in pieces for problem in found]
+
+    def refuse(self, problems: Sequence[Problem]) -> None:
+        """Nothing, if there are none.
+
+        Raises:
+            DataError: naming the files that cannot be used.
+        """
         if problems:
             raise _bad_files(problems, self.folder)
-        return images_NCHW
 
     def check(self, *, num_workers: int) -> None:
         """Decode everything and keep nothing.
@@ -119,9 +133,7 @@ class ImageFiles:
         Raises:
             DataError: naming the files that cannot be used.
         """
-        pieces = _map_pieces(_check_piece, self, num_workers=num_workers)
-        if problems := [problem for found in pieces for problem in found]:
-            raise _bad_files(problems, self.folder)
+        self.refuse(self.problems(num_workers=num_workers))
 
     def content_sha256(self) -> str:
         """Hash of the bytes of the files in their order, and of the decoding.
@@ -265,7 +277,7 @@ def _fast_context() -> Any:  # noqa: ANN401 (the class of a context depends on t
     return multiprocessing.get_context("fork" if sys.platform == "linux" else None)
 
 
-def _decode_piece(files: ImageFiles) -> tuple[NDArray[np.uint8], list[_Problem]]:
+def _decode_piece(files: ImageFiles) -> tuple[NDArray[np.uint8], list[Problem]]:
     images_NCHW = np.zeros((len(files), *files.image_shape), dtype=np.uint8)
     problems = []
     for row, name in enumerate(files.names):
@@ -276,11 +288,11 @@ def _decode_piece(files: ImageFiles) -> tuple[NDArray[np.uint8], list[_Problem]]
     return images_NCHW, problems
 
 
-def _check_piece(files: ImageFiles) -> list[_Problem]:
+def _check_piece(files: ImageFiles) -> list[Problem]:
     return _decode_piece(files)[1]
 
 
-def _bad_files(problems: Sequence[_Problem], folder: Path) -> DataError:
+def _bad_files(problems: Sequence[Problem], folder: Path) -> DataError:
     count = "1 file" if len(problems) == 1 else f"{len(problems)} files"
     lines = [f"  {name}: {problem}" for name, problem in problems[:_NUM_NAMED]]
     if len(problems) > _NUM_NAMED:

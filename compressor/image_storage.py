@@ -3,23 +3,27 @@
 Both storages give the same bytes. N images, B images of a batch, C channels, H rows, W columns.
 """
 
+import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from typing import Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from compressor.allocator import give_freed_memory_back
+from compressor.errors import DataError
 from compressor.image_cache import cached_images
 from compressor.image_decoding import ImageArray, ImageFiles
 from compressor.image_sources import ImageSource
 from compressor.performance import num_usable_cores
 from compressor.performance_settings import PerformanceSettings
+from compressor.ranks import ALONE, Ranks
 
 _BYTES_PER_MIB = 2**20
 
@@ -81,28 +85,77 @@ class _BatchDataset(Dataset[Tensor]):
 
 
 def store_images(
-    source: ImageSource, *, settings: PerformanceSettings, device: torch.device
+    source: ImageSource,
+    *,
+    settings: PerformanceSettings,
+    device: torch.device,
+    ranks: Ranks = ALONE,
 ) -> ImageStorage:
     """Hold the images on the device if the memory budget allows, else stream them.
 
-    Either way every image has been decoded once before this returns, so that a damaged file is
-    found now and not in the middle of a run.
+    Either way every image has been decoded once on this host before this returns, so that a damaged
+    file is found now and not in the middle of a run. Of `ranks`, those of one host share that work;
+    none returns before all have done their part.
 
     Raises:
         DataError: naming the files that cannot be used.
     """
-    num_workers = settings.num_workers or num_usable_cores()
+    num_workers = settings.num_workers or _share_of_cores()
     images = source.images
     if source.num_bytes > settings.memory_budget_mib * _BYTES_PER_MIB:
         if isinstance(images, ImageFiles):
-            images.check(num_workers=num_workers)
+            _check_together(images, ranks, num_workers=num_workers)
         return StreamedImages(images=images, num_workers=num_workers, device=device)
     if isinstance(images, ImageArray):
         images_NCHW = images.images_NCHW
     elif settings.cache_images:
-        decode = partial(images.read_all, num_workers=num_workers)
-        images_NCHW = cached_images(source.content_sha256, decode)
+        images_NCHW = _cached_once(source, images, ranks, settings=settings)
     else:
         images_NCHW = images.read_all(num_workers=num_workers)
     images_NHWC = torch.from_numpy(images_NCHW).permute(0, 2, 3, 1).contiguous()
     return ResidentImages(images_NHWC=images_NHWC.to(device))
+
+
+def _check_together(images: ImageFiles, ranks: Ranks, *, num_workers: int) -> None:
+    """Each rank of a host decodes its part of the files, and all know what all have found."""
+    own = replace(images, names=images.names[_ranks_here(ranks).part(len(images))])
+    found = ranks.gather(own.problems(num_workers=num_workers))
+    # Hosts that read one disk find the same.
+    images.refuse(list(dict.fromkeys(problem for problems in found for problem in problems)))
+
+
+def _cached_once(
+    source: ImageSource, images: ImageFiles, ranks: Ranks, *, settings: PerformanceSettings
+) -> NDArray[np.uint8]:
+    """From the cache, which the first rank of each host fills on all cores while others wait."""
+
+    def load(num_workers: int) -> NDArray[np.uint8]:
+        decode = partial(images.read_all, num_workers=num_workers)
+        return cached_images(source.content_sha256, decode)
+
+    images_NCHW: NDArray[np.uint8] | None = None
+    own_error: DataError | None = None
+    if _ranks_here(ranks).is_first:
+        try:
+            images_NCHW = load(settings.num_workers or num_usable_cores())
+        except DataError as error:
+            own_error = error
+    for one in ranks.gather(own_error):
+        if one is not None:
+            raise one
+    if images_NCHW is None:
+        return load(settings.num_workers or _share_of_cores())
+    return images_NCHW
+
+
+def _ranks_here(ranks: Ranks) -> Ranks:
+    """This process among those of its host; alone if it has not met them."""
+    if ranks.num_ranks == 1:
+        return ALONE
+    rank, num_ranks = os.environ.get("LOCAL_RANK", "0"), os.environ.get("LOCAL_WORLD_SIZE", "1")
+    return Ranks(rank=int(rank), num_ranks=int(num_ranks))
+
+
+def _share_of_cores() -> int:
+    """Those of this process, if each of the launcher's processes on this host has as many."""
+    return max(1, num_usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

@@ -16,7 +16,7 @@ class PerformanceSettings(ClosedTable):
     """Whether networks are compiled; `auto`: in long runs, where it pays."""
     num_threads: Count | None = None
     num_workers: Count | None = None
-    """Processes that decode images; None: all cores."""
+    """Processes that decode images, for each process of the run; None: its share of the cores."""
     memory_budget_mib: Count = 4096
     """Data sets larger than this, as uint8, are streamed from disk."""
     cache_images: bool = True

@@ -81,6 +81,7 @@ def _load_data(
         settings=settings,
         device=performance.device,
         download=download,
+        ranks=performance.ranks,
     )
     refuse_small_batches(recipe, data, num_ranks=performance.ranks.num_ranks)
     _refuse_other_test_images(recipe, data, download=download)
