@@ -1,4 +1,4 @@
-"""The data pipeline alone: memory over two epochs of a large data set, and images per second.
+"""The data pipeline alone: memory over epochs of a large data set, and images per second.
 
 Makes JPEGs of 224 x 224 pixels in a folder of its own, streams them as a run does whose data set is
 too large for memory, and compares with torchvision's ImageFolder in a DataLoader with as many
@@ -8,10 +8,11 @@ worker processes, the same crop of a padded image and the same flip. The two tak
 """
 
 import argparse
+import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -31,10 +32,12 @@ from compressor.performance_settings import PerformanceSettings
 from compressor.recipe import DataRecipe
 from compressor.reports.markdown import markdown_table
 from compressor.run_directory import write_json_atomically, write_text_atomically
+from tests.bench.command import typed_command
 from tests.bench.interleaved import Spread, per_second, ratio, seconds_in_turn
 
 NUM_CLASSES, BATCH_SIZE, SIDE_PIXELS, PADDING_PIXELS = 10, 128, 224, 4
 NUM_BATCHES_IN_TURN = 8
+_FEWEST_EPOCHS = 5
 MEMORY_MIB = 1
 """Of the data set in memory: less than it takes, so that it is streamed."""
 
@@ -123,7 +126,26 @@ def memory_over_epochs(
     return found
 
 
-def measure(folder: Path, *, num_images: int, num_rounds: int) -> dict[str, Any]:
+def growth_per_epoch(memory: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Least squares through the mean of each epoch but the first, in MiB per epoch.
+
+    The means, as readings of one epoch hang together; and each epoch was read at the same places.
+    The standard error is that of the slope of a line with independent errors.
+    """
+    epochs = sorted({m["epoch"] for m in memory})[1:]
+    means = [statistics.fmean(m["mib"] for m in memory if m["epoch"] == e) for e in epochs]
+    fit = statistics.linear_regression(epochs, means)
+    left = [y - fit.slope * x - fit.intercept for x, y in zip(epochs, means, strict=True)]
+    variance = sum(r**2 for r in left) / (len(epochs) - 2)
+    squares = sum((x - statistics.fmean(epochs)) ** 2 for x in epochs)
+    return {
+        "mib": fit.slope,
+        "standard_error": (variance / squares) ** 0.5,
+        "num_epochs": len(epochs),
+    }
+
+
+def measure(folder: Path, *, num_images: int, num_epochs: int, num_rounds: int) -> dict[str, Any]:
     settings = PerformanceSettings(memory_budget_mib=MEMORY_MIB, cache_images=False)
     performance = resolve_performance(settings)
     recipe = DataRecipe(source=f"imagefolder:{folder}", validation_size=NUM_CLASSES)
@@ -131,7 +153,8 @@ def measure(folder: Path, *, num_images: int, num_rounds: int) -> dict[str, Any]
     num_workers = data.train.storage.num_workers
     before_mib = memory_mib()
     num_batches = num_images // BATCH_SIZE
-    memory = memory_over_epochs(data, num_epochs=2, every=max(1, num_batches // 8))
+    every = max(1, num_batches // 4)
+    memory = memory_over_epochs(data, num_epochs=num_epochs, every=every)
     passes = {
         "ours": lambda: take(ours(data, 0), NUM_BATCHES_IN_TURN),
         "torchvision": lambda: take(theirs(folder, num_workers), NUM_BATCHES_IN_TURN),
@@ -143,6 +166,7 @@ def measure(folder: Path, *, num_images: int, num_rounds: int) -> dict[str, Any]
         "num_workers": num_workers,
         "before_mib": before_mib,
         "memory": memory,
+        "growth_per_epoch": growth_per_epoch(memory),
         "ratio": vars(ratio(seconds["torchvision"], seconds["ours"])),
         "ours_images_per_second": vars(per_second(amount, seconds["ours"])),
         "torchvision_images_per_second": vars(per_second(amount, seconds["torchvision"])),
@@ -167,6 +191,7 @@ def _markdown(found: dict[str, Any]) -> str:
         name: Spread(**found[name])
         for name in ("ratio", "ours_images_per_second", "torchvision_images_per_second")
     }
+    growth = found["growth_per_epoch"]
     lines = [
         "# The data pipeline alone",
         "",
@@ -177,6 +202,11 @@ def _markdown(found: dict[str, Any]) -> str:
         "",
         memory,
         "",
+        f"From epoch to epoch it grows by {growth['mib']:.2f} MiB (standard error "
+        f"{growth['standard_error']:.2f}): least squares through the means of "
+        f"{growth['num_epochs']} epochs, without the first. Freed memory stays with the process, "
+        "so that readings go up and down.",
+        "",
         "Beside torchvision's `ImageFolder` in a `DataLoader` with as many processes, in turn, "
         f"{NUM_BATCHES_IN_TURN} batches each, starting the processes included. Median (lowest to "
         f"highest) of {speeds['ratio'].num_rounds} rounds:",
@@ -185,7 +215,7 @@ def _markdown(found: dict[str, Any]) -> str:
         f"- torchvision: {speeds['torchvision_images_per_second']} images/s",
         f"- ratio: {speeds['ratio']}",
         "",
-        "Command: `python -m tests.bench.bench_data --write docs/results/bench-data.md`.",
+        f"Command: `{found['command']}`.",
         "",
         *(f"- {name}: {value}" for name, value in found["environment"].items()),
     ]
@@ -195,12 +225,21 @@ def _markdown(found: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--images", type=int, default=20_000)
+    parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--write", type=Path)
     options = parser.parse_args()
+    if options.epochs < _FEWEST_EPOCHS:
+        parser.error(f"--epochs {options.epochs}: give {_FEWEST_EPOCHS} or more to fit a line")
     with tempfile.TemporaryDirectory() as name:
         make_images(Path(name), options.images)
-        found = measure(Path(name), num_images=options.images, num_rounds=options.rounds)
+        found = measure(
+            Path(name),
+            num_images=options.images,
+            num_epochs=options.epochs,
+            num_rounds=options.rounds,
+        )
+    found["command"] = typed_command("tests.bench.bench_data", options)
     text = _markdown(found)
     sys.stdout.write(text)
     if options.write:

@@ -19,6 +19,7 @@ from compressor.performance import resolve_performance
 from compressor.performance_settings import PerformanceSettings
 from compressor.reports.markdown import markdown_table
 from compressor.run_directory import write_json_atomically, write_text_atomically
+from tests.bench.command import typed_command
 from tests.bench.interleaved import Spread, seconds_in_turn
 
 
@@ -50,6 +51,7 @@ def main() -> None:
     seconds = seconds_in_turn(functions, num_rounds=options.rounds)
     spreads = {name: Spread.of(values) for name, values in seconds.items()}
     environment = describe_environment(resolve_performance(PerformanceSettings()))
+    command_line = typed_command("tests.bench.bench_startup", options)
     lines = [
         "# Start-up of every command",
         "",
@@ -58,7 +60,7 @@ def main() -> None:
         "",
         markdown_table(("command", "seconds"), [(n, str(s)) for n, s in spreads.items()]),
         "",
-        "Command: `python -m tests.bench.bench_startup --write docs/results/bench-startup.md`.",
+        f"Command: `{command_line}`.",
         "",
         *(f"- {name}: {value}" for name, value in environment.items()),
     ]
@@ -66,9 +68,8 @@ def main() -> None:
     sys.stdout.write(text)
     if options.write:
         found = {name: vars(spread) for name, spread in spreads.items()}
-        write_json_atomically(
-            options.write.with_suffix(".json"), {"seconds": found, "environment": environment}
-        )
+        table = {"seconds": found, "environment": environment, "command": command_line}
+        write_json_atomically(options.write.with_suffix(".json"), table)
         write_text_atomically(options.write, text)
 
 

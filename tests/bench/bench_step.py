@@ -16,7 +16,7 @@ import multiprocessing
 import os
 import resource
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from multiprocessing.connection import Connection
@@ -26,6 +26,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import DeviceType
 
 from compressor.attacks.build import build_inner_attack
 from compressor.compilation import batch_size_to_compile
@@ -47,7 +48,8 @@ from compressor.run_directory import write_json_atomically, write_text_atomicall
 from compressor.student import Student
 from compressor.teacher import Teacher
 from compressor.threat import ThreatModel
-from tests.bench.interleaved import Spread, per_second, ratio, seconds_in_turn
+from tests.bench.command import typed_command
+from tests.bench.interleaved import Spread, per_second, ratio, seconds_in_turn, seconds_per_call
 
 BATCH_SIZE = 128
 EPSILON_PIXELS, STEP_PIXELS, NUM_STEPS = 8 / 255, 2 / 255, 10
@@ -223,7 +225,10 @@ class Worker:
         self._process.start()
 
     def do(self, what: str) -> Any:
-        """`attack`, `step`, `product FORMAT SIZES`, or one that answers: `memory`, `facts`."""
+        """`attack`, `step`, `product FORMAT SIZES`, or one that answers: `memory`, `facts`.
+
+        With `seconds ` before it, the seconds that a call takes there.
+        """
         self._line.send(what)
         return self._line.recv()
 
@@ -243,7 +248,7 @@ def _serve(line: Connection, case: Case, way: str, device: str) -> None:
     functions: dict[str, Callable[[], Any]] = {
         "attack": manner.attack,
         "step": manner.step,
-        "memory": lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "memory": partial(_memory_mib, manner.step, x.device),
         "facts": lambda: describe_environment(performance) if performance else None,
         "profile": lambda: _profile(manner.step, device),
     }
@@ -255,10 +260,28 @@ def _serve(line: Connection, case: Case, way: str, device: str) -> None:
             what = line.recv()
         except EOFError:
             return
-        answer = functions[what]()
+        is_timed = what.startswith("seconds ")
+        function = functions[what.removeprefix("seconds ")]
+        answer = seconds_per_call(function, x.device) if is_timed else function()
         if x.device.type == "cuda":
             torch.cuda.synchronize(x.device)
         line.send(None if isinstance(answer, Tensor) else answer)
+
+
+def _memory_mib(step: Callable[[], object], device: torch.device) -> float:
+    """Highest of the process; on a GPU what a step takes there beside the matrices of products."""
+    if device.type != "cuda":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    torch.cuda.reset_peak_memory_stats(device)
+    step()
+    torch.cuda.synchronize(device)
+    return (torch.cuda.max_memory_allocated(device) - _product_bytes()) / 2**20
+
+
+def _product_bytes() -> int:
+    """Of the matrices that every worker holds."""
+    numbers = sum(m * k + k * n + m * n for m, n, k in PRODUCTS)
+    return numbers * (torch.float32.itemsize + torch.bfloat16.itemsize)
 
 
 def _performance(device: str, *, is_compiled: bool) -> Performance:
@@ -275,19 +298,23 @@ def measure(name: str, *, num_rounds: int, device: str) -> dict[str, Any]:
     """One case: steps and attacks in three manners, and products of matrices, in turn."""
     case = CASES[name]
     workers = {way: Worker(case, way, device) for way in ("authors", "not compiled", "ours")}
+    is_gpu = torch.device(device).type == "cuda"
+    timed = "seconds " if is_gpu else ""  # a product takes no longer there than the message
     functions = {
-        f"{way} {what}": partial(worker.do, what)
+        f"{way} {what}": partial(worker.do, timed + what)
         for way, worker in workers.items()
         for what in ("attack", "step")
     }
     facts = workers["ours"].do("facts")
     formats = {"float32", facts["number_format"]}
     functions |= {
-        (what := f"product torch.{dtype} {sizes}"): partial(workers["ours"].do, what)
+        (what := f"product torch.{dtype} {sizes}"): partial(workers["ours"].do, timed + what)
         for dtype in formats
         for sizes in PRODUCTS
     }
-    seconds = seconds_in_turn(functions, num_rounds=num_rounds, num_warm_ups=2)
+    seconds = seconds_in_turn(
+        functions, num_rounds=num_rounds, num_warm_ups=2, clock=_told if is_gpu else None
+    )
     memory_mib = {way: workers[way].do("memory") for way in ("authors", "ours")}
     kinds = workers["ours"].do("profile")
     for worker in workers.values():
@@ -299,7 +326,6 @@ def measure(name: str, *, num_rounds: int, device: str) -> dict[str, Any]:
     spreads = {
         "step_ratio": ratio(authors, ours),
         "attack_ratio": ratio(seconds["authors attack"], seconds["ours attack"]),
-        "compiling_ratio": ratio(seconds["not compiled step"], ours),
         "authors_images_per_second": per_second(BATCH_SIZE, authors),
         "ours_images_per_second": per_second(BATCH_SIZE, ours),
         "ours_tera_operations_per_second": per_second(tera, ours),
@@ -307,6 +333,8 @@ def measure(name: str, *, num_rounds: int, device: str) -> dict[str, Any]:
         "share_of_peak": per_second(tera / own.median, ours),
         "authors_share_of_peak": per_second(tera / peaks["float32"].median, authors),
     }
+    if facts["is_compiled"]:  # else it is the same twice
+        spreads["compiling_ratio"] = ratio(seconds["not compiled step"], ours)
     return {
         "case": name,
         **{key: asdict(value) for key, value in spreads.items()},
@@ -325,6 +353,11 @@ def _product(
     return lambda: torch.mm(a, b, out=out)
 
 
+def _told(function: Callable[[], Any]) -> float:
+    """Seconds by the clock of the worker."""
+    return float(function())
+
+
 def _fastest(seconds: Mapping[str, list[float]], dtype: str) -> Spread:
     """Of all sizes the one with the highest median, in 1e12 operations per second."""
     found = [
@@ -337,14 +370,31 @@ def _fastest(seconds: Mapping[str, list[float]], dtype: str) -> Spread:
 def _profile(step: Callable[[], object], device: str) -> dict[str, float]:
     """Share of the time of one step by kind of work."""
     activities = [torch.profiler.ProfilerActivity.CPU]
-    if device.startswith("cuda"):
+    is_gpu = torch.device(device).type == "cuda"
+    if is_gpu:
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     with torch.profiler.profile(activities=activities) as profiler:
         step()
-    totals = dict.fromkeys((*KINDS, "rest"), 0.0)
-    for event in profiler.key_averages():
+    return shares(profiler.key_averages(), is_gpu=is_gpu)
+
+
+def shares(events: Iterable[Any], *, is_gpu: bool) -> dict[str, float]:
+    """Share of each kind in the time of all, by the names of torch's operations.
+
+    On a GPU the whole is the time of its kernels, as in torch's own table. Each appears a second
+    time at the operation that began it, whose name tells what it is for; what none began is rest.
+    """
+    totals, whole = dict.fromkeys((*KINDS, "rest"), 0.0), 0.0
+    for event in events:
         kind = next((k for k, words in KINDS.items() if any(w in event.key for w in words)), "rest")
-        totals[kind] += event.self_device_time_total or event.self_cpu_time_total
+        if not is_gpu:
+            totals[kind] += event.self_cpu_time_total
+        elif event.device_type == DeviceType.CPU:
+            totals[kind] += event.self_device_time_total
+        elif not event.is_user_annotation:
+            whole += event.self_device_time_total
+    if is_gpu:
+        totals["rest"] = whole - sum(totals[kind] for kind in KINDS)
     return {kind: time / sum(totals.values()) for kind, time in totals.items()}
 
 
@@ -368,16 +418,21 @@ def _spread(values: Mapping[str, Any], *, percent: bool = False) -> str:
     return f"{spread.median:.0%} ({spread.low:.0%} to {spread.high:.0%})"
 
 
-def _markdown(results: list[dict], without: dict) -> str:
+def _markdown(results: list[dict], without: list[dict], *, command_line: str) -> str:
+    rows = [*results, *without]
+    columns = {
+        "step": "step_ratio",
+        "attack alone": "attack_ratio",
+        "compiling": "compiling_ratio",
+        "authors, images/s": "authors_images_per_second",
+        "ours, images/s": "ours_images_per_second",
+    }
+    columns = {name: key for name, key in columns.items() if any(key in r for r in rows)}
     speed = markdown_table(
-        ("student", "step", "attack alone", "compiling", "authors, images/s", "ours, images/s"),
+        ("student", *columns),
         [
-            (
-                r["case"],
-                *(_spread(r[f"{key}_ratio"]) for key in ("step", "attack", "compiling")),
-                *(_spread(r[f"{whose}_images_per_second"]) for whose in ("authors", "ours")),
-            )
-            for r in [*results, without]
+            (r["case"], *(_spread(r[key]) if key in r else "-" for key in columns.values()))
+            for r in rows
         ],
     )
     arithmetic = markdown_table(
@@ -405,16 +460,25 @@ def _markdown(results: list[dict], without: dict) -> str:
         [(r["case"], *(f"{r['kinds'][k]:.0%}" for k in (*KINDS, "rest"))) for r in results],
     )
     first = results[0]
+    is_gpu = first["environment"]["device"] != "cpu"
+    differences = [
+        f"Ours is {first['environment']['number_format']}, the authors' float32"
+        + (" as PyTorch has it by default (convolutions in TF32)." if is_gpu else ".")
+    ]
+    if without:
+        differences.append(
+            "In the last row the matrix units are hidden (`ONEDNN_MAX_CPU_ISA=AVX512_CORE`) and "
+            "both are float32."
+        )
+    if "compiling" in columns:
+        differences.append("Compiling: ours against ours without `torch.compile`.")
     lines = [
         "# One B-MTARD step: the authors' manner against ours",
         "",
         f"Batch {BATCH_SIZE} of 3 x 32 x 32, {NUM_STEPS} attack steps, two ResNet-18 teachers "
         "(of width 1, or 0.5 for students of width 0.25). Each manner in a process of its own, one "
         f"step of each in turn. Median (lowest to highest) of {first['step_ratio']['num_rounds']} "
-        "rounds; a ratio above 1 means ours is faster. Ours is "
-        f"{first['environment']['number_format']}, the authors' float32; in the last row the "
-        "matrix units are hidden (`ONEDNN_MAX_CPU_ISA=AVX512_CORE`) and both are float32. "
-        "Compiling: ours against ours without `torch.compile`.",
+        f"rounds; a ratio above 1 means ours is faster. {' '.join(differences)}",
         "",
         speed,
         "",
@@ -423,8 +487,10 @@ def _markdown(results: list[dict], without: dict) -> str:
         "",
         arithmetic,
         "",
-        "Highest memory of each process, PyTorch included (ours also holds the matrices of the "
-        "products):",
+        "Highest memory of tensors on the GPU in a step:"
+        if is_gpu
+        else "Highest memory of each process, PyTorch included (ours also holds the matrices of "
+        "the products):",
         "",
         memory,
         "",
@@ -432,7 +498,7 @@ def _markdown(results: list[dict], without: dict) -> str:
         "",
         shares,
         "",
-        "Command: `make bench`.",
+        f"Command: `{command_line}`.",
         "",
         *(f"- {name}: {value}" for name, value in first["environment"].items()),
     ]
@@ -451,12 +517,17 @@ def main() -> None:
         sys.stdout.write(json.dumps(result, indent=2) + "\n")
         return
     results = [measure(n, num_rounds=options.rounds, device=options.device) for n in CASES]
-    os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE"  # the workers look for it when they begin
-    without = measure(next(iter(CASES)), num_rounds=options.rounds, device=options.device)
-    without["case"] += ", without matrix units"
-    found = {"cases": results, "without": without}
-    write_json_atomically(options.write.with_suffix(".json"), found)
-    text = _markdown(results, without)
+    without = []
+    if torch.device(options.device).type == "cpu":
+        os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE"  # the workers look for it when they begin
+        found = measure(next(iter(CASES)), num_rounds=options.rounds, device=options.device)
+        without = [found | {"case": f"{found['case']}, without matrix units"}]
+    command_line = typed_command("tests.bench.bench_step", options, left_out=["case"])
+    write_json_atomically(
+        options.write.with_suffix(".json"),
+        {"cases": results, "without": without[0] if without else None, "command": command_line},
+    )
+    text = _markdown(results, without, command_line=command_line)
     write_text_atomically(options.write, text)
     sys.stdout.write(text)
 

@@ -33,6 +33,7 @@ from compressor.performance_settings import PerformanceSettings
 from compressor.reports.markdown import markdown_table
 from compressor.run_directory import write_json_atomically, write_text_atomically
 from tests.bench.bench_step import Case, Worker, spec
+from tests.bench.command import typed_command
 from tests.bench.interleaved import Spread, per_second, seconds_in_turn
 
 BASE = Case(student=spec("resnet18", 0.25), teacher=spec("resnet18", 0.5))
@@ -195,7 +196,7 @@ def _markdown(found: Mapping[str, Any], picture_name: str) -> str:
         "",
         markdown_table(("ranks", "images/s"), rows),
         "",
-        "Command: `python -m tests.bench.cost_curves --write docs/results/cost-curves.md`.",
+        f"Command: `{found['command']}`.",
         "",
         *(f"- {name}: {value}" for name, value in found["environment"].items()),
     ]
@@ -217,6 +218,7 @@ def main() -> None:
         "exponents": {name: exponent(curve) for name, curve in curves.items()},
         "ranks": ranks(num_rounds=options.rounds),
         "environment": describe_environment(resolve_performance(PerformanceSettings())),
+        "command": typed_command("tests.bench.cost_curves", options),
     }
     assert all(math.isfinite(e) for e in found["exponents"].values())
     image = options.write.with_suffix(".png")

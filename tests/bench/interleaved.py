@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+_LONG_SECONDS = 0.1
+
 
 @dataclass(frozen=True, kw_only=True)
 class Spread:
@@ -36,10 +38,12 @@ def seconds_in_turn(
     num_rounds: int,
     device: torch.device | None = None,
     num_warm_ups: int = 1,
+    clock: Callable[[Callable[[], object]], float] | None = None,
 ) -> dict[str, list[float]]:
     """Seconds of each function in each round; each begins a round as often as the others.
 
     Warm-ups go first, all of one function before the next, since what they compile takes long.
+    `clock` tells the seconds of one function; by default those that calling it takes here.
     """
     for function in functions.values():
         for _ in range(num_warm_ups):
@@ -49,12 +53,19 @@ def seconds_in_turn(
     for number in range(num_rounds):
         first = number % len(names)
         for name in names[first:] + names[:first]:
-            _wait(device)
-            started_at_seconds = time.perf_counter()
-            functions[name]()
-            _wait(device)
-            seconds[name].append(time.perf_counter() - started_at_seconds)
+            function = functions[name]
+            seconds[name].append(clock(function) if clock else _seconds(function, device))
     return seconds
+
+
+def seconds_per_call(function: Callable[[], object], device: torch.device) -> float:
+    """In a loop that lasts long against a clock, a message and the launch of a kernel."""
+    num_calls = 1
+    while True:
+        seconds = _seconds(lambda: [function() for _ in range(num_calls)], device)  # noqa: B023
+        if seconds >= _LONG_SECONDS:
+            return seconds / num_calls
+        num_calls *= 2
 
 
 def ratio(slow: Sequence[float], fast: Sequence[float]) -> Spread:
@@ -65,6 +76,14 @@ def ratio(slow: Sequence[float], fast: Sequence[float]) -> Spread:
 def per_second(amount: float, seconds: Sequence[float]) -> Spread:
     """Amounts of each round in a second."""
     return Spread.of([amount / s for s in seconds])
+
+
+def _seconds(function: Callable[[], object], device: torch.device | None) -> float:
+    _wait(device)
+    started_at_seconds = time.perf_counter()
+    function()
+    _wait(device)
+    return time.perf_counter() - started_at_seconds
 
 
 def _wait(device: torch.device | None) -> None:
