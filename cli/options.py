@@ -25,7 +25,7 @@ DtypeOption = Annotated[
 ]
 CompileOption = Annotated[
     str,
-    typer.Option("--compile", help="Compile the networks: auto (in long runs), on or off."),
+    typer.Option("--compile", help="Networks: auto (long runs on CPUs with AMX), on or off."),
 ]
 ThreadsOption = Annotated[
     int | None, typer.Option("--threads", min=1, max=1024, help="CPU threads [default: all cores].")

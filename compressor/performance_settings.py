@@ -13,7 +13,10 @@ class PerformanceSettings(ClosedTable):
     training_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """`auto`: bfloat16 autocast where the device multiplies matrices in it."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """Whether networks are compiled; `auto`: in long runs, where it pays."""
+    """Whether networks are compiled; `auto`: in long runs in bfloat16 on CPUs with AMX.
+
+    On several processes the student's training pass is not, whatever is said here.
+    """
     num_threads: Count | None = None
     num_workers: Count | None = None
     """Processes that decode images, for each process of the run; None: its share of the cores."""
