@@ -60,6 +60,9 @@ def fit(training: Training, state: TrainState) -> TrainState:
     while state.epoch < recipe.training.epochs:
         state = _train_epoch(training, state)
         if is_validation_due(training, state.epoch):
+            # It may take longer than a killer waits; from here on a resumed run begins with it.
+            before = replace(state, epoch=state.epoch - 1, batch_in_epoch=training.steps_per_epoch)
+            _save(training, before)
             state = _select(training, state)
         _save(training, state)
         _stop_if_wished(training, state)
