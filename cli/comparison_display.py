@@ -19,10 +19,12 @@ if TYPE_CHECKING:
     from compressor.comparison_workflow import PreparedComparison, Work
 
 _PLAIN_LINE_EVERY_SECONDS = 30.0
-_WIDE_COLUMNS = 140
+_NARROW_COLUMNS, _WIDE_COLUMNS = 100, 140
 _IN_ONE_PIECE = (tuple(place for place in range(12) if place != 9),)
 _IN_TWO_PIECES = ((0, 1, 2, 5, 6, 7), (0, 3, 4, 8, 10, 11))
+_IN_THREE_PIECES = ((0, 1, 2, 5, 6, 7), (0, 3, 4), (0, 8, 10, 11))
 """Columns of the main table; how long training took by the clock is on the page."""
+_INTERVALS_IN_TWO_PIECES = ((0, 1, 4, 5), (0, 2, 3))
 _BAR_LETTERS = 24
 _PARTS = {
     "training": "training",
@@ -61,6 +63,9 @@ def print_plan(prepared: "PreparedComparison", output: Output) -> None:
     )
     for note in plan.notes:
         output.say(f"Note: {note}")
+    if prepared.left_seconds == 0:
+        output.say("Left to do: nothing; the tables are made again")
+        return
     output.say(
         f"Left to do: about {seconds_text(prepared.left_seconds)} if the machine stays as fast as "
         "in a short test just now"
@@ -127,14 +132,19 @@ def print_result(result: "ComparisonResult", output: Output) -> None:
     rows = [tuple(cell.replace(" [", "\n[") for cell in row) for row in rows]
     output.title(f"{result.name}: {setting_text(result)}")
     output.say("percent, mean ± standard deviation over seeds")
-    is_wide = output.console.width >= _WIDE_COLUMNS
-    for columns in _IN_ONE_PIECE if is_wide else _IN_TWO_PIECES:
+    width = output.console.width
+    pieces = _IN_TWO_PIECES if width < _WIDE_COLUMNS else _IN_ONE_PIECE
+    for columns in _IN_THREE_PIECES if width < _NARROW_COLUMNS else pieces:
         _table([header[i] for i in columns], [[row[i] for i in columns] for row in rows], output)
         output.say("")
     output.say("training: its passes times what a pass took in a short test on this machine")
     intervals, reaches = interval_cells(result)
     output.title("95 % intervals, the images as the sample")
-    _table([_in_two_lines(name) for name in intervals], reaches, output)
+    whole = (tuple(range(len(intervals))),)
+    for columns in _INTERVALS_IN_TWO_PIECES if width < _NARROW_COLUMNS else whole:
+        titles = [_in_two_lines(intervals[i]) for i in columns]
+        _table(titles, [[row[i] for i in columns] for row in reaches], output)
+        output.say("")
     if any(row.validations for row in result.methods):
         output.title("On held-out training images, which chose the epoch")
         _table(*validation_cells(result), output)
