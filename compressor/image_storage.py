@@ -3,7 +3,6 @@
 Both storages give the same bytes. N images, B images of a batch, C channels, H rows, W columns.
 """
 
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,7 +22,7 @@ from compressor.image_decoding import ImageArray, ImageFiles
 from compressor.image_sources import ImageSource
 from compressor.performance import num_usable_cores
 from compressor.performance_settings import PerformanceSettings
-from compressor.ranks import ALONE, Ranks
+from compressor.ranks import ALONE, Ranks, num_ranks_here_of_environment
 
 _BYTES_PER_MIB = 2**20
 
@@ -118,7 +117,7 @@ def store_images(
 
 def _check_together(images: ImageFiles, ranks: Ranks, *, num_workers: int) -> None:
     """Each rank of a host decodes its part of the files, and all know what all have found."""
-    own = replace(images, names=images.names[_ranks_here(ranks).part(len(images))])
+    own = replace(images, names=images.names[ranks.of_this_host().part(len(images))])
     found = ranks.gather(own.problems(num_workers=num_workers))
     # Hosts that read one disk find the same.
     images.refuse(list(dict.fromkeys(problem for problems in found for problem in problems)))
@@ -135,7 +134,7 @@ def _cached_once(
 
     images_NCHW: NDArray[np.uint8] | None = None
     own_error: DataError | None = None
-    if _ranks_here(ranks).is_first:
+    if ranks.of_this_host().is_first:
         try:
             images_NCHW = load(settings.num_workers or num_usable_cores())
         except DataError as error:
@@ -148,14 +147,6 @@ def _cached_once(
     return images_NCHW
 
 
-def _ranks_here(ranks: Ranks) -> Ranks:
-    """This process among those of its host; alone if it has not met them."""
-    if ranks.num_ranks == 1:
-        return ALONE
-    rank, num_ranks = os.environ.get("LOCAL_RANK", "0"), os.environ.get("LOCAL_WORLD_SIZE", "1")
-    return Ranks(rank=int(rank), num_ranks=int(num_ranks))
-
-
 def _share_of_cores() -> int:
     """Those of this process, if each of the launcher's processes on this host has as many."""
-    return max(1, num_usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, num_usable_cores() // num_ranks_here_of_environment())

@@ -14,7 +14,7 @@ from torch import nn
 from compressor.allocator import keep_freed_memory
 from compressor.errors import DeviceError
 from compressor.performance_settings import PerformanceSettings
-from compressor.ranks import ALONE, Ranks
+from compressor.ranks import ALONE, Ranks, num_ranks_here_of_environment
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ def resolve_performance(settings: PerformanceSettings) -> Performance:
     """
     _insist_on_float32()
     keep_freed_memory()
-    num_ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    num_ranks_here = num_ranks_here_of_environment()
     if settings.num_threads is not None:
         torch.set_num_threads(settings.num_threads)
     elif num_ranks_here > 1:  # torchrun leaves each of them one thread
@@ -129,7 +129,7 @@ def _resolve_device(name: str) -> torch.device:
 
 def _refuse_shared_gpus(name: str) -> None:
     """The same on all processes of a host, so that none waits for one that could not begin."""
-    num_here, num_gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    num_here, num_gpus = num_ranks_here_of_environment(), torch.cuda.device_count()
     if num_here > num_gpus:
         raise DeviceError(
             f"{num_here} processes on a host with {num_gpus} CUDA devices; start at most "

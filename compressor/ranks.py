@@ -43,6 +43,13 @@ class Ranks:
         """Layers that know their ranks are copied with their network; a process group cannot be."""
         return self
 
+    def of_this_host(self) -> "Ranks":
+        """This process among those of its host; alone if it has met no others."""
+        if self.num_ranks == 1:
+            return ALONE
+        rank = int(os.environ.get("LOCAL_RANK", "0"))
+        return Ranks(rank=rank, num_ranks=num_ranks_here_of_environment())
+
     @property
     def is_first(self) -> bool:
         """Whether this process writes and speaks for all."""
@@ -122,6 +129,11 @@ ALONE = Ranks()
 def num_ranks_of_environment() -> int:
     """How many processes there are, before they have met."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def num_ranks_here_of_environment() -> int:
+    """How many of them are on this host, before they have met."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def launch_of_environment() -> str | None:

@@ -173,8 +173,8 @@ def refuse_unlike_beginnings(training: Training, state: TrainState) -> None:
     if unlike:
         raise RunError(
             f"process {unlike[0]} would begin with other weights (step {found[unlike[0]][0]}) than "
-            f"the first one (step {found[0][0]}); see that all of them have the same software, see "
-            "the same files, and go on with --resume"
+            f"the first one (step {found[0][0]}); check that all of them have the same software "
+            "and see the same files, then go on with --resume"
         )
 
 

@@ -185,8 +185,6 @@ _PAIR_COLUMNS = (
     *("p_value", "p_value_holm", "verdict"),
 )
 _PASS_COLUMNS = ("student_forwards", "student_backwards", "teacher_forwards", "teacher_backwards")
-
-
 _PASS_SECONDS_COLUMNS = ("student_forward", "student_backward", "teacher_forward")
 _VALIDATION_COLUMNS = ("clean_mean", "robust_mean", "num_images", "num_seeds")
 
