@@ -106,7 +106,7 @@ def _print(found: "Forecast", output: Output) -> None:
     low, high = found.step_seconds_range
     validations = found.num_validations * found.validation_seconds
     rows = [
-        ["step", f"{found.step_seconds:.3f} s", f"{low:.3f} to {high:.3f} in the steps taken"],
+        ["step", f"{found.step_seconds:.3f} s", f"{low:.3f} to {high:.3f} at the moments tried"],
         ["epoch", _time(found.epoch_seconds), f"{found.num_steps // found.num_epochs} steps"],
         ["validation", _time(validations), f"{found.num_validations} in all"],
         ["whole run", _time(found.total_seconds), f"{found.num_epochs} epochs, and validation"],

@@ -22,7 +22,7 @@ from compressor.trainer import is_validation_due
 from compressor.training_step import Training, take_step
 
 NUM_MOMENTS = 10
-STEPS_PER_MOMENT = 2
+STEPS_PER_MOMENT = 3
 _NUM_WARM_UP = 1
 _NUM_VALIDATED = 256
 _NUM_CHECKPOINTS = 4
@@ -40,7 +40,7 @@ class Forecast:
     step_seconds: float
     """Mean over the run, the data included."""
     step_seconds_range: tuple[float, float]
-    """Of the steps that were taken: how sure the mean is."""
+    """Of the moments at which steps were taken: how sure the mean is."""
     num_validations: int
     validation_seconds: float
     """One."""
@@ -114,10 +114,11 @@ def forecast(training: Training, *, out: Path) -> Forecast:
 
 
 def _timed_steps(training: Training) -> Iterator[float]:
-    """Seconds of each step, its batch included.
+    """Seconds of a step at each moment, its batch included: the middle one of several.
 
-    The first ones of each moment warm up and are not told: a method may ask a teacher for the first
-    time there, which compiles it.
+    A step that is slow by chance is rarer in a long run than among a few. The first ones of each
+    moment warm up and do not count: a method may ask a teacher for the first time there, which
+    compiles it.
     """
     batches = _endless_batches(training)
     method_state = training.method.initial_state()
@@ -133,13 +134,14 @@ def _timed_steps(training: Training) -> Iterator[float]:
             batch_in_epoch=in_epoch,
             method_state=method_state,
         )
-        for place in range(-_NUM_WARM_UP, STEPS_PER_MOMENT):
+        seconds = []
+        for _ in range(_NUM_WARM_UP + STEPS_PER_MOMENT):
             began_at_seconds = time.perf_counter()
             _, method_state = take_step(training, next(batches), state)
             in_epoch = (in_epoch + 1) % groups.num_batches
             state = replace(state, batch_in_epoch=in_epoch, method_state=method_state)
-            if place >= 0:
-                yield time.perf_counter() - began_at_seconds
+            seconds.append(time.perf_counter() - began_at_seconds)
+        yield statistics.median(seconds[_NUM_WARM_UP:])
 
 
 def _endless_batches(training: Training) -> Iterator[Batch]:
