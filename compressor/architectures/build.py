@@ -12,7 +12,6 @@ from types import MappingProxyType
 from typing import Protocol
 
 import torch
-import torchvision
 from torch import Tensor, nn
 
 from compressor.architectures import mobilenet_v2, resnet, tiny, vision_transformer, wide_resnet
@@ -187,6 +186,8 @@ def infer_width(name: str, state_dict: Mapping[str, Tensor]) -> float:
 
 
 def _torchvision_names() -> list[str]:
+    import torchvision  # here, as it takes more than a second and few networks need it
+
     # These two have auxiliary outputs, so their answer in training mode is not one tensor.
     names: list[str] = torchvision.models.list_models(module=torchvision.models)
     return [name for name in names if name not in ("googlenet", "inception_v3")]
@@ -195,6 +196,8 @@ def _torchvision_names() -> list[str]:
 def _build_torchvision(
     name: str, *, num_classes: int, image_shape: tuple[int, int, int], width: float
 ) -> nn.Module:
+    import torchvision
+
     if width != 1:
         raise RecipeError(f"torchvision:{name} has no width; remove width = {width}")
     if image_shape[0] != 3:

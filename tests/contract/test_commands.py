@@ -229,6 +229,13 @@ def test_help_imports_nothing_heavy():
     assert finish(python("-c", script)) == (0, "[]\n", "")
 
 
+def test_verification_does_not_load_what_compiles():
+    """torchvision loads torch's compiler, which takes longer than all else but torch itself."""
+    heavy = "{'torchvision', 'torch._dynamo'}"
+    script = f"import sys, compressor.verification_workflow; print({heavy} & sys.modules.keys())"
+    assert finish(python("-c", script)) == (0, "set()\n", "")
+
+
 def test_version(capsys):
     assert call("--version") == 0
     assert re.fullmatch(r"robust-compress \d+\.\d+\.\d+\S*\n", capsys.readouterr().out)
