@@ -25,6 +25,7 @@ from compressor.gate.paired import p_value_of_drop
 from compressor.losses import centred, dlr
 from compressor.onnx_graph import NoPlainGraphError, read_graph
 from compressor.onnx_twin import OnnxTwin, differentiable_twin
+from compressor.out_of_memory import is_out_of_memory
 from compressor.proportions import Proportion
 from compressor.randomness import child_keys
 from compressor.reports.report import ArtefactFacts, Count, ValidityRow
@@ -89,7 +90,10 @@ def checked_twin(
         alike_noised = _alike(twin, noised, of_noised_NK)
     except NoPlainGraphError as error:
         return _no_twin(str(error))
-    except Exception as error:  # noqa: BLE001 (a foreign file can make any operator fail)
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise  # of this machine and not of the file, which may have a twin elsewhere
+        # A foreign file can make any operator fail.
         return _no_twin(type(error).__name__)
     reason = (
         f"its differentiable twin gives its label on {alike.same} test images, and its logits to "
