@@ -10,7 +10,6 @@ from typing import Any
 from compressor.architectures.build import find_architecture
 from compressor.architectures.teacher_map import merge_teacher_map
 from compressor.checkpoint import TrainState, load_candidate, load_checkpoint
-from compressor.curves import write_curves
 from compressor.environment import describe_environment, settings_dict
 from compressor.errors import RunError
 from compressor.interruption import StopWish
@@ -146,6 +145,8 @@ def _fit_and_finish(training: Training, *, resume: bool) -> None:
         return
     with writing_metrics(training, state) as observed:
         state = fit(observed, state)
+    from compressor.curves import write_curves  # here, as of several processes one draws
+
     write_curves(run, title=recipe.name)
     if state.best is None:
         raise AssertionError("the last epoch is always validated")

@@ -1,11 +1,17 @@
-"""A resumed run computes as it did before, unless it is told otherwise."""
+"""A resumed run computes as it did before, unless it is told otherwise.
+
+And of itself only that run goes on which the same launch of processes began.
+"""
+
+import os
 
 import pytest
 
 from compressor.errors import CheckpointError
 from compressor.performance_settings import PerformanceSettings
+from compressor.ranks import launch_of_environment
 from compressor.run_directory import RunDirectory, write_json_atomically
-from compressor.run_facts import as_it_began
+from compressor.run_facts import as_it_began, is_of_this_launch
 
 
 @pytest.fixture
@@ -57,3 +63,41 @@ def test_an_environment_that_does_not_say_the_format_is_damaged(run_of, content)
     run.environment.write_text(content)
     with pytest.raises(CheckpointError, match="is damaged: it does not say in which number format"):
         as_it_began(run, PerformanceSettings())
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """This process, as `torchrun` starts one."""
+
+    def by(parent, *, run_id="none", num_hosts=1):
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", run_id)
+        monkeypatch.setenv("GROUP_WORLD_SIZE", str(num_hosts))
+        monkeypatch.setattr("os.getppid", lambda: parent)
+        return launch_of_environment()
+
+    return by
+
+
+def test_a_run_goes_on_by_itself_in_the_launch_that_began_it(run_of, launched):
+    own = launched(os.getpid())
+    run = run_of(launch=own)
+    assert not is_of_this_launch(run)  # it was not even begun
+    run.resolved_recipe.write_text("{}")
+    assert is_of_this_launch(run)
+    for other in ("another launch", None):
+        write_json_atomically(run.environment, {"launch": other})
+        assert not is_of_this_launch(run)
+
+
+def test_who_was_not_launched_goes_on_with_nothing_by_itself(run_of, monkeypatch):
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    run = run_of(launch=None)
+    run.resolved_recipe.write_text("{}")
+    assert launch_of_environment() is None
+    assert not is_of_this_launch(run)
+
+
+def test_launchers_of_one_host_are_told_apart_and_those_of_several_by_their_name(launched):
+    one, other = launched(os.getpid()), launched(1)
+    assert one == launched(os.getpid()) != other
+    assert launched(os.getpid(), run_id="job 7", num_hosts=2) == "job 7"

@@ -37,16 +37,17 @@ from compressor.performance import Performance
 from compressor.performance_settings import PerformanceSettings
 from compressor.ranks import Ranks, joined_ranks
 from compressor.ranks_limits import refuse_on_ranks
-from compressor.recipe_file import parse_recipe
+from compressor.recipe_file import load_recipe, parse_recipe
 from compressor.run_directory import RunDirectory, read_facts
 from compressor.run_facts import refuse_changed_facts
 from compressor.student import Student
 from compressor.teacher import Teacher
-from compressor.training_workflow import refuse_unlike_beginnings
+from compressor.training_workflow import TrainingRequest, refuse_unlike_beginnings, train
 from compressor.verification.journal import Journal
 from compressor.verification.request import VerificationRequest, prepare
 from compressor.verification.samples import write_csv
 from compressor.verification.verification import attack_chunks
+from compressor.verification_workflow import verify
 
 ROOT = Path(__file__).parents[2]
 SPEC = NetworkSpec(architecture="tiny", num_classes=10, image_shape=(1, 8, 8), width=0.5)
@@ -255,10 +256,10 @@ COMMAND = (sys.executable, "-m", "cli.main", "distill")
 OPTIONS = ("--dtype", "float32", "--no-verify", "--no-export", "--checkpoint-minutes", "0.01")
 
 
-def start(folder, *options, recipe="recipe.toml", command=COMMAND):
+def start(folder, *options, command=COMMAND):
     """In a group of its own, as a shell starts it, so that Ctrl-C reaches all processes."""
     return subprocess.Popen(
-        [*command, recipe, *OPTIONS, *options],
+        [*command, "recipe.toml", *OPTIONS, *options],
         cwd=folder,
         env=environment(),
         stdout=subprocess.PIPE,
@@ -316,8 +317,7 @@ def test_a_killed_process_brings_the_run_back_from_its_checkpoint(folder):
 
 
 @pytest.mark.workflow
-def test_torchrun_goes_on_with_what_it_began_and_with_nothing_else(folder):
-    """Also where it starts a refused command again, which then finds a run of another launch."""
+def test_torchrun_goes_on_with_what_it_began(folder):
     run = folder / "launched"
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2")
     command = (*torchrun, "--max-restarts=1", *COMMAND[1:])
@@ -328,11 +328,6 @@ def test_torchrun_goes_on_with_what_it_began_and_with_nothing_else(folder):
     assert code == 0, out
     undisturbed = (folder / "undisturbed" / "model.safetensors").read_bytes()
     assert (run / "model.safetensors").read_bytes() == undisturbed
-    written_at = (run / "recipe.resolved.json").stat().st_mtime_ns
-    code, out = ended(start(folder, "--out", "launched", command=command))
-    assert code == 1, out
-    assert out.count("Error: launched already exists and is not empty") == 2
-    assert (run / "recipe.resolved.json").stat().st_mtime_ns == written_at
 
 
 @pytest.mark.workflow
@@ -396,12 +391,16 @@ num_steps = 1
 """
 
 
-def last_of(folder, out, *options):
+def train_alone(run, *, resume=False):
+    """In this process, which has loaded everything: it stands for one that was started anew."""
+    recipe = run.parent / "recipe.toml"
+    settings = PerformanceSettings(device="cpu", training_dtype="float32", num_threads=1)
+    train(load_recipe(recipe), TrainingRequest(out=run, settings=settings, resume=resume))
+
+
+def last_of(run):
     """Weights after the last step, and what was counted on held-out images."""
-    process = start(folder, "--out", out, *options, recipe="alike.toml")
-    code, said = ended(process)
-    assert code == 0, said
-    newest = folder / out / "checkpoints" / checkpoints_of(folder / out)[-1]
+    newest = run / "checkpoints" / checkpoints_of(run)[-1]
     best = json.loads((newest / "train_state.json").read_text())["best"]
     return load_file(newest / "network.safetensors"), best
 
@@ -409,9 +408,11 @@ def last_of(folder, out, *options):
 @pytest.mark.workflow
 def test_the_trainer_learns_on_two_what_it_learns_on_one(tmp_path):
     """Without an attack, so that rounding in float32 turns no sign."""
-    (tmp_path / "alike.toml").write_text(ALIKE)
-    one, best_of_one = last_of(tmp_path, "one")
-    two, best_of_two = last_of(tmp_path, "two", "--nproc", "2")
+    (tmp_path / "recipe.toml").write_text(ALIKE)
+    train_alone(tmp_path / "one")
+    code, out = ended(start(tmp_path, "--out", "two", "--nproc", "2"))
+    assert code == 0, out
+    (one, best_of_one), (two, best_of_two) = (last_of(tmp_path / n) for n in ("one", "two"))
     for name, expected in one.items():
         torch.testing.assert_close(two[name], expected, rtol=1e-3, atol=1e-4, msg=name)
     assert abs(best_of_two["clean_correct"] - best_of_one["clean_correct"]) <= 1
@@ -432,7 +433,7 @@ def test_an_interruption_is_one_for_all_and_another_number_goes_on(folder):
     assert out.count("everything is saved") == 1
     assert "robust-compress distill stopped --resume" in out
     assert "--nproc 2" in out
-    assert ended(start(folder, "--resume", recipe="stopped"))[0] == 0
+    train_alone(run, resume=True)
     first, last = (json.loads(line) for line in metrics_of(run, [0, -1]))
     assert (first["step"], last["epoch"]) == (1, 4)
 
@@ -452,24 +453,28 @@ def test_own_images_want_the_same_number_of_processes(folder):
         refuse_changed_facts(run, facts | {"num_processes": 2})
 
 
+def request_of(run, *attacks, batch_size):
+    """The same as of the command line, but for the number of processes."""
+    return VerificationRequest(
+        target=str(run),
+        settings=PerformanceSettings(device="cpu", num_threads=1),
+        attacks=attacks,
+        num_images=50,
+        batch_size=batch_size,
+    )
+
+
 @pytest.mark.workflow
 def test_verification_finds_the_same_of_every_image(folder):
     """Three and two chunks; the second process has fewer of them."""
-    options = ["--attacks", "pgd_sat,square", "--samples", "50", "--batch-size", "10"]
+    options = ["--attacks", "pgd_sat,apgd_ce", "--samples", "50", "--batch-size", "10"]
     command = [*COMMAND[:-1], "verify", "undisturbed", *options, "--nproc", "2"]
     done = subprocess.run(
         command, cwd=folder, env=environment(), capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("VERIFIED") == 1
-    request = VerificationRequest(
-        target=str(folder / "undisturbed"),
-        settings=PerformanceSettings(device="cpu", num_threads=1),
-        attacks=("pgd_sat", "square"),
-        num_images=50,
-        batch_size=10,
-    )
-    prepared = prepare(request)
+    prepared = prepare(request_of(folder / "undisturbed", "pgd_sat", "apgd_ce", batch_size=10))
     journal = Journal.in_memory()
     with prepared.subject() as subject:
         *_, found = attack_chunks(subject, prepared.split, prepared.plan, journal=journal)
@@ -501,10 +506,8 @@ def test_no_process_loses_what_it_has_finished(folder):
     ended(process)
     kept = {outcome for path in journals() for outcome in outcomes_of(path)}
     assert {chunk for chunk, _ in kept} == {0, 1}
-    done = subprocess.run(
-        [*command[:-1], "1"], cwd=folder, env=environment(), capture_output=True, text=True
-    )
-    assert "VERIFIED" in done.stdout, done.stderr
+    report, _ = verify(request_of(folder / "undisturbed", "apgd_ce", "square", batch_size=25))
+    assert report.status == "verified"
     assert journals() == []
 
 
