@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from compressor import training_workflow
+from compressor import curves
 from compressor.errors import (
     CheckpointError,
     InterruptedRunError,
@@ -69,7 +69,7 @@ SETTINGS = PerformanceSettings(
 @pytest.fixture(autouse=True)
 def no_picture(monkeypatch):
     """Drawing takes two thirds of a run as short as these."""
-    monkeypatch.setattr(training_workflow, "write_curves", lambda *_, **__: None)
+    monkeypatch.setattr(curves, "write_curves", lambda *_, **__: None)
 
 
 @pytest.fixture(scope="session")

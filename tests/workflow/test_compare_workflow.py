@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from compressor import comparison_workflow, training_workflow, verification_workflow
+from compressor import comparison_workflow, curves, verification_workflow
 from compressor.comparison import progress
 from compressor.comparison.folder import ComparisonFolder
 from compressor.comparison.measuring import ImageCounts, find_measured
@@ -94,7 +94,7 @@ def no_signals():
 def be_quick(patch):
     """Draw no pictures: they take longer than the rest, and other tests look at them."""
     patch.setattr(verification_workflow, "write_html", lambda *_, **__: None)
-    patch.setattr(training_workflow, "write_curves", lambda *_, **__: None)
+    patch.setattr(curves, "write_curves", lambda *_, **__: None)
     few = functools.partial(count_passes, num_moments=1)
     patch.setattr(comparison_workflow, "count_passes", few)
     # Told of every step, however fast they are, so that a test can stop between two.
