@@ -338,7 +338,8 @@ def check_result(result):
 
 @pytest.mark.workflow
 def test_other_recipes_and_other_teachers_are_refused(folder):
-    """After the test above, whose runs are there."""
+    """Where there are runs."""
+    run(prepared(folder))
     with pytest.raises(
         CheckpointError, match="of another recipe; choose another folder with --out"
     ):
@@ -356,7 +357,8 @@ def test_other_recipes_and_other_teachers_are_refused(folder):
 
 @pytest.mark.workflow
 def test_a_narrower_call_says_what_it_leaves_out(folder):
-    """After the tests above: two seeds of two methods are measured, one of one is asked for."""
+    """Two seeds of two methods are measured, one of one is asked for."""
+    run(prepared(folder))
     narrow, seen = run(prepared(folder, names="trades", seeds=1))
     (note,) = [note for note in narrow.notes if "not shown" in note]
     assert "not shown: bmtard seed 0 and 1, trades seed 1 (runs: 3, methods of which" in note
