@@ -25,6 +25,9 @@ from compressor.performance_settings import PerformanceSettings
 from compressor.ranks import ALONE, Ranks, num_ranks_here_of_environment
 
 _BYTES_PER_MIB = 2**20
+_BATCHES_BETWEEN_RETURNS = 16
+"""Kept memory falls into pieces, into which blocks of tens of MiB do not fit: up to 5 GiB of it were
+seen in an epoch of 20,000 images of 224 pixels."""
 
 
 class ImageStorage(Protocol):
@@ -67,7 +70,9 @@ class StreamedImages:
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # or it would draw from the global one
         )
-        for images_BCHW in loader:
+        for number, images_BCHW in enumerate(loader):
+            if number % _BATCHES_BETWEEN_RETURNS == 0:
+                give_freed_memory_back()
             yield images_BCHW.to(self.device, non_blocking=True)
 
 
