@@ -26,8 +26,8 @@ from compressor.ranks import ALONE, Ranks, num_ranks_here_of_environment
 
 _BYTES_PER_MIB = 2**20
 _BATCHES_BETWEEN_RETURNS = 16
-"""Kept memory falls into pieces, into which blocks of tens of MiB do not fit: up to 5 GiB of it were
-seen in an epoch of 20,000 images of 224 pixels."""
+"""Kept memory falls into pieces, into which blocks of tens of MiB do not fit: up to 5 GiB of it
+were seen in an epoch of 20,000 images of 224 pixels."""
 
 
 class ImageStorage(Protocol):
