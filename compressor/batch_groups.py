@@ -1,5 +1,6 @@
 """Batches whose gradients are added up before the weights change."""
 
+import math
 from dataclasses import dataclass
 
 
@@ -15,6 +16,11 @@ class BatchGroups:
         """Which of its group a batch is, from 0, and how many batches that group has."""
         place = batch_in_epoch % self.size
         return place, min(self.size, self.num_batches - (batch_in_epoch - place))
+
+    def num_changes(self, *, epoch: int, batch_in_epoch: int) -> int:
+        """How often the weights changed before a batch of an epoch, both counted from 0."""
+        num_per_epoch = math.ceil(self.num_batches / self.size)
+        return epoch * num_per_epoch + batch_in_epoch // self.size
 
     def is_amid(self, num_done: int) -> bool:
         """Whether gradients for the next change of the weights are there after so many batches."""

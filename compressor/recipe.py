@@ -144,7 +144,8 @@ class TrainingRecipe(ClosedTable):
     weight_decay: NonNegative = 2e-4
     schedule: ScheduleRecipe = MilestonesRecipe()
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Also keep an exponential moving average of the weights as a second candidate."""
+    """Also keep an exponential moving average of the weights as a second candidate. After n changes
+    of them the factor is (1 + n) / (10 + n), if that is less: a short run forgets its start."""
     gradient_clip_norm: Positive | None = None
     batch_norm: Literal["whole_batch", "own_images"] = "whole_batch"
     """Where several processes share a batch, what BatchNorm normalises by. With `own_images` each

@@ -128,11 +128,11 @@ def take_step(
         optimizer.zero_grad(set_to_none=True)
     (result.loss / num_in_group).backward()  # type: ignore[no-untyped-call]
     if place == num_in_group - 1:
-        _change_weights(training)
+        _change_weights(training, state)
     return {**result.logged, "learning_rate_per_step": learning_rate}, method_state
 
 
-def _change_weights(training: Training) -> None:
+def _change_weights(training: Training, state: TrainState) -> None:
     """By the gradients of all ranks and batches of the group."""
     optimizer, recipe = training.tensors.optimizer, training.recipe
     training.ranks.sum_gradients(training.student.network.parameters())
@@ -143,8 +143,22 @@ def _change_weights(training: Training) -> None:
     optimizer.step()
     if recipe.training.batch_norm == "own_images":
         average_statistics(training.student.network, training.ranks)
-    if training.tensors.average is not None and recipe.training.ema_decay is not None:
-        _update_average(training.tensors, decay=recipe.training.ema_decay)
+    if recipe.training.ema_decay is not None:
+        num_changes = training.groups.num_changes(
+            epoch=state.epoch, batch_in_epoch=state.batch_in_epoch
+        )
+        decay = average_decay(recipe.training.ema_decay, num_changes=num_changes)
+        _update_average(training.tensors, decay=decay)
+
+
+def average_decay(limit: float, *, num_changes: int) -> float:
+    """Grows to `limit`, so that the average spans a ninth of the run at most.
+
+    With a constant factor the random weights of the start stay in the average: after 948 changes at
+    0.999 they were 39 % of it, and it knew nothing. The ramp is that of TensorFlow's
+    ExponentialMovingAverage with `num_updates`.
+    """
+    return min(limit, (1 + num_changes) / (10 + num_changes))
 
 
 @torch.no_grad()

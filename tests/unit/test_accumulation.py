@@ -44,17 +44,21 @@ class Squares:
 
 
 def test_the_mean_of_the_gradients_of_a_group_is_what_changes_the_weights():
-    """Groups of two, two and one; the weights do not move in between."""
+    """Groups of two, two and one; the weights and their average do not move in between."""
     batches = torch.randn(STEPS_PER_EPOCH, 4, 3, generator=torch.Generator().manual_seed(0))
-    network, recipe = nn.Linear(3, 2), recipe_of(accumulate_batches=2, weight_decay=0.0)
+    settings = {"accumulate_batches": 2, "weight_decay": 0.0, "ema_decay": 0.2}
+    network, recipe = nn.Linear(3, 2), recipe_of(**settings)
     expected = nn.Linear(3, 2)
     expected.load_state_dict(network.state_dict())
     options = {"lr": 0.1, "momentum": recipe.training.momentum}
     optimizer, reference = (
         torch.optim.SGD(net.parameters(), **options) for net in (network, expected)
     )
+    average = {name: t.detach().clone() for name, t in network.state_dict().items()}
+    expected_average = network.weight.detach().clone()
+    decays = iter((1 / 10, 2 / 11, 0.2))  # 3 / 12 is over the limit
     training = SimpleNamespace(
-        tensors=SimpleNamespace(optimizer=optimizer, average=None),
+        tensors=SimpleNamespace(network=network, optimizer=optimizer, average=average),
         recipe=recipe,
         num_steps=2 * STEPS_PER_EPOCH,
         groups=BatchGroups(size=2, num_batches=STEPS_PER_EPOCH),
@@ -71,7 +75,9 @@ def test_the_mean_of_the_gradients_of_a_group_is_what_changes_the_weights():
             reference.zero_grad()
             sum(expected(one).square().mean() for one in group).div(len(group)).backward()
             reference.step()
+            expected_average.lerp_(expected.weight.detach(), 1 - next(decays))
         torch.testing.assert_close(network.weight, expected.weight)
+        torch.testing.assert_close(average["weight"], expected_average)
 
 
 @pytest.mark.parametrize("size", [1, 3])
