@@ -152,11 +152,11 @@ def _change_weights(training: Training, state: TrainState) -> None:
 
 
 def average_decay(limit: float, *, num_changes: int) -> float:
-    """Grows to `limit`, so that the average spans a ninth of the run at most.
+    """Factor of the average before the next change: it grows to `limit` with the changes so far.
 
-    With a constant factor the random weights of the start stay in the average: after 948 changes at
-    0.999 they were 39 % of it, and it knew nothing. The ramp is that of TensorFlow's
-    ExponentialMovingAverage with `num_updates`.
+    The average spans a ninth of them at most. With a constant factor the random weights of the
+    start stay in it: after 948 changes at 0.999 they were 39 % of it, and it knew nothing. The ramp
+    is that of TensorFlow's ExponentialMovingAverage with `num_updates`.
     """
     return min(limit, (1 + num_changes) / (10 + num_changes))
 
