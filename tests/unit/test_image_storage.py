@@ -154,5 +154,14 @@ def test_cores_are_divided_among_the_processes_of_a_host(
     assert (storage.num_workers, used) == (num_workers, [(num_workers, NUM_IMAGES)])
 
 
+def test_freed_memory_is_given_back_while_images_are_streamed(monkeypatch, tmp_path):
+    """Else the heap falls into pieces. Once before workers are forked, then every 16 batches."""
+    given = []
+    monkeypatch.setattr(image_storage, "give_freed_memory_back", lambda: given.append(1))
+    storage = store(make_images(tmp_path), memory_mib=STREAMED)
+    seen = [len(given) for _ in storage.batches([torch.arange(2)] * 33)]
+    assert (seen[0], seen[15], seen[16], seen[32]) == (2, 2, 3, 4)
+
+
 if __name__ == "__main__":
     json.dump(main(*sys.argv[1:]), sys.stdout)
