@@ -151,7 +151,7 @@ def print_result(result: "ComparisonResult", output: Output) -> None:
     tests, lines = paired_cells(result)
     if lines:
         output.title(f"Against {result.reference}, on the same images")
-        kept = (0, 1, 2, 3, 4, 7, 8)
+        kept = (0, 1, 2, 3, 4, 8, 9) if width < _NARROW_COLUMNS else (0, 1, 2, 3, 4, 5, 8, 9)
         short = [[line[i].replace("AutoAttack-style", "AA-style") for i in kept] for line in lines]
         _table([tests[i] for i in kept], short, output)
         output.say(

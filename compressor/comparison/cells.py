@@ -10,7 +10,6 @@ from compressor.comparison.result import (
     ComparisonResult,
     MethodRow,
     Metric,
-    Paired,
     Score,
 )
 
@@ -37,7 +36,8 @@ def main_cells(result: ComparisonResult) -> tuple[tuple[str, ...], list[tuple[st
 
 def paired_cells(result: ComparisonResult) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Header and rows: every test against the reference."""
-    header = ("method", "metric", "images", "seeds", "difference", "over seeds, 95 %")
+    header = ("method", "metric", "images", "seeds", "difference")
+    intervals = ("over images, 95 %", "over seeds, 95 %")
     rows: list[tuple[str, ...]] = [
         (
             row.label,
@@ -45,7 +45,8 @@ def paired_cells(result: ComparisonResult) -> tuple[tuple[str, ...], list[tuple[
             f"{pair.num_images:,}",
             str(len(pair.seeds)),
             points_text(pair.mean),
-            _over_seeds(pair),
+            _interval_of_difference(pair.over_images_low_95, pair.over_images_high_95) or "-",
+            _interval_of_difference(pair.over_seeds_low_95, pair.over_seeds_high_95) or "one seed",
             p_text(pair.p_value),
             p_text(pair.p_value_holm),
             pair.verdict,
@@ -53,7 +54,7 @@ def paired_cells(result: ComparisonResult) -> tuple[tuple[str, ...], list[tuple[
         for row in result.methods
         for pair in row.paired
     ]
-    return (*header, "p", "p, Holm", "verdict"), rows
+    return (*header, *intervals, "p", "p, Holm", "verdict"), rows
 
 
 def interval_cells(result: ComparisonResult) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
@@ -160,8 +161,9 @@ def title_of(result: ComparisonResult, metric: Metric) -> str:
     return f"{TITLES[metric]} (n = {' and '.join(f'{some.pop():,}' for some in counts)})"
 
 
-def _over_seeds(pair: Paired) -> str:
-    if pair.over_seeds_low_95 is None or pair.over_seeds_high_95 is None:
-        return "one seed"
-    low, high = (100 * value for value in (pair.over_seeds_low_95, pair.over_seeds_high_95))
-    return f"{low:.1f} to {high:.1f}".replace("-", MINUS)
+def _interval_of_difference(low: float | None, high: float | None) -> str | None:
+    """In points, rounded outwards; None where there is none."""
+    if low is None or high is None:
+        return None
+    ends = floor(round(1000 * low, 6)) / 10, ceil(round(1000 * high, 6)) / 10
+    return f"{ends[0]:.1f} to {ends[1]:.1f}".replace("-", MINUS)

@@ -78,6 +78,9 @@ class Paired(ClosedTable):
     over_seeds_low_95: _Difference | None
     over_seeds_high_95: _Difference | None
     """Student's t interval with the seeds as the sample; None for one seed."""
+    over_images_low_95: _Difference | None = None
+    over_images_high_95: _Difference | None = None
+    """Of the mean for these weights, the images as the sample; None: of an earlier version."""
     p_value: _Share
     p_value_holm: _Share
     """Corrected for all tests of this result."""

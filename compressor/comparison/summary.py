@@ -147,6 +147,8 @@ def _paired_row(
         mean=test.mean,
         over_seeds_low_95=low,
         over_seeds_high_95=high,
+        over_images_low_95=test.over_images_95[0],
+        over_images_high_95=test.over_images_95[1],
         p_value=test.p_value,
         p_value_holm=p_value_holm,
         verdict=verdict_of(test, p_value_holm),

@@ -37,9 +37,10 @@ HOW_IT_IS_TESTED = (
     "the reference. The exact two-sided p-value is the share of all choices of signs of these "
     "differences that give a sum as far from 0 (with one seed: the exact test of McNemar); Holm's "
     "correction is for all tests of this table together. It takes the weights as given, so alone "
-    "it says that these weights are better or worse. Of a method that is said only where, besides, "
-    "Student's 95 % interval over the seeds, which is not corrected, leaves out 0; two seeds "
-    f"rarely suffice for that. {W_ROBUST_NOTE}"
+    "it says that these weights are better or worse; so does the interval over images, which is of "
+    "the mean of these differences (adjusted Wald, Bonett and Price) and not corrected. Of a "
+    "method that is said only where, besides, Student's 95 % interval over the seeds, not "
+    f"corrected either, leaves out 0; two seeds rarely suffice for that. {W_ROBUST_NOTE}"
 )
 
 
@@ -93,7 +94,7 @@ def to_markdown(result: ComparisonResult, picture: "Picture | None", *, picture_
     header, rows = paired_cells(result)
     if rows:
         shown = [[plain(cell) for cell in row] for row in rows]
-        blocks += [markdown_table(header, shown, align="llrrrrrrl"), HOW_IT_IS_TESTED]
+        blocks += [markdown_table(header, shown, align="llrrrrrrrl"), HOW_IT_IS_TESTED]
     else:
         blocks.append("Nothing was measured on both sides.")
     blocks += _validation_blocks(result)
@@ -181,7 +182,8 @@ _DAGGERS = {"better": "ddagger", "worse": "ddagger", "better weights": "dagger"}
 _MARKS = {name: f"$^\\{mark}$" for name, mark in (*_DAGGERS.items(), ("worse weights", "dagger"))}
 _SCORE_COLUMNS = ("mean", "sample_sd", "low_95", "high_95", "num_images", "num_seeds")
 _PAIR_COLUMNS = (
-    *("mean", "num_images", "num_seeds", "over_seeds_low_95", "over_seeds_high_95"),
+    *("mean", "num_images", "num_seeds", "over_images_low_95", "over_images_high_95"),
+    *("over_seeds_low_95", "over_seeds_high_95"),
     *("p_value", "p_value_holm", "verdict"),
 )
 _PASS_COLUMNS = ("student_forwards", "student_backwards", "teacher_forwards", "teacher_backwards")

@@ -5,6 +5,7 @@ import math
 import statistics
 from collections import Counter
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -104,7 +105,9 @@ def test_one_value_has_no_spread():
 @pytest.mark.parametrize(("num", "quantile"), [(2, 12.7062), (3, 4.30265), (10, 2.26216)])
 def test_interval_over_seeds_has_the_tabulated_quantile(num, quantile):
     values = [0.0] * (num - 1) + [0.1]
-    test = PairedTest(num_images=10**6, differences=tuple(values), p_value=1.0)
+    test = PairedTest(
+        num_images=10**6, differences=tuple(values), p_value=1.0, over_images_95=(-1.0, 1.0)
+    )
     reach = quantile * statistics.stdev(values) / math.sqrt(num)
     low, high = test.over_seeds_95()
     assert low == pytest.approx(0.1 / num - reach, rel=1e-4)
@@ -116,14 +119,20 @@ def test_agreeing_seeds_leave_the_width_of_rounding(points_per_unit):
     """12.7 sd / sqrt(2), and sd^2 is that of two uniform numbers of the width of a point."""
     point = 1 / (100 * points_per_unit)
     test = PairedTest(
-        num_images=100, differences=(0.0, 0.0), p_value=1.0, points_per_unit=points_per_unit
+        num_images=100,
+        differences=(0.0, 0.0),
+        p_value=1.0,
+        over_images_95=(-1.0, 1.0),
+        points_per_unit=points_per_unit,
     )
     reach = 12.7062 * point * math.sqrt(2 / 12) / math.sqrt(2)
     assert test.over_seeds_95() == pytest.approx((-reach, reach), rel=1e-4)
 
 
 def test_the_interval_ends_where_differences_end():
-    test = PairedTest(num_images=100, differences=(0.9, -0.4), p_value=1.0)
+    test = PairedTest(
+        num_images=100, differences=(0.9, -0.4), p_value=1.0, over_images_95=(-1.0, 1.0)
+    )
     assert test.over_seeds_95() == (-1.0, 1.0)
 
 
@@ -141,10 +150,53 @@ def test_two_seeds_of_like_methods_seldom_exclude_zero(spread_images):
         difference[a - b] += p * q
     wrong = 0.0
     for (a, p), (b, q) in itertools.combinations_with_replacement(difference.items(), 2):
-        test = PairedTest(num_images=1000, differences=(a / 1000, b / 1000), p_value=1.0)
+        test = PairedTest(
+            num_images=1000,
+            differences=(a / 1000, b / 1000),
+            p_value=1.0,
+            over_images_95=(-1.0, 1.0),
+        )
         low, high = test.over_seeds_95()
         wrong += p * q * (1 if a == b else 2) * (low > 0 or high < 0)
     assert wrong < 0.05
+
+
+@pytest.mark.parametrize(("num_up", "num_down"), [(0, 0), (5, 0), (3, 9), (40, 30)])
+def test_interval_over_images_of_one_seed_is_that_of_bonett_and_price(num_up, num_down):
+    num = 100
+    ours = [(1,) * num_up + (0,) * (num - num_up)]
+    theirs = [(0,) * num_up + (1,) * num_down + (0,) * (num - num_up - num_down)]
+    up, down = (num_up + 1) / (num + 2), (num_down + 1) / (num + 2)
+    reach = 1.959964 * math.sqrt((up + down - (up - down) ** 2) / (num + 2))
+    found = paired_test(ours, theirs).over_images_95
+    assert found == pytest.approx((up - down - reach, up - down + reach), rel=1e-6)
+
+
+@pytest.mark.parametrize("num_seeds", [1, 2])
+@pytest.mark.parametrize("num_images", [60, 300])
+def test_interval_over_images_holds_the_truth_as_often_as_it_says(num_seeds, num_images):
+    """Points of W-Robust, correlated between methods and between seeds; the truth is known."""
+    generator = np.random.default_rng(0)
+    num_held, num_trials = 0, 1000
+    for _ in range(num_trials):
+        hardness = generator.uniform(-0.4, 0.4, num_images)
+
+        def points(mean, hardness=hardness):
+            chances = np.clip(mean + hardness, 0, 1)
+            clean = generator.random((num_seeds, num_images)) < chances
+            stands = clean & (generator.random((num_seeds, num_images)) < 0.4)
+            return [tuple(row) for row in (clean.astype(int) + stands).tolist()]
+
+        test = paired_test(points(0.6), points(0.5), points_per_unit=2)
+        low, high = test.over_images_95
+        num_held += low <= 0.1 * 1.4 / 2 <= high
+    assert 0.93 <= num_held / num_trials <= 0.97
+
+
+def test_interval_over_images_keeps_to_possible_differences():
+    test = paired_test([(1, 1)], [(0, 0)])
+    assert test.over_images_95[1] == 1.0
+    assert paired_test([(0, 0)], [(1, 1)]).over_images_95[0] == -1.0
 
 
 def test_interval_at_the_mean_rounds_outwards():

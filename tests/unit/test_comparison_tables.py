@@ -68,6 +68,8 @@ def pair(metric="cw_inf", verdict="better weights", p_value_holm=0.01, over_seed
         mean=0.05,
         over_seeds_low_95=over_seeds[0],
         over_seeds_high_95=over_seeds[1],
+        over_images_low_95=0.0234,
+        over_images_high_95=0.0762,
         p_value=p_value_holm / 4,
         p_value_holm=p_value_holm,
         verdict=verdict,
@@ -261,6 +263,8 @@ def test_a_result_of_an_earlier_version_is_read(validated, tmp_path):
     table = json.loads((tmp_path / "result.json").read_text())
     for row in table["methods"]:
         del row["pass_seconds"]
+        for pair in row["paired"]:
+            del pair["over_images_low_95"], pair["over_images_high_95"]
         for run in row["runs"]:
             del run["validation"]
     (tmp_path / "result.json").write_text(json.dumps(table))
@@ -297,7 +301,7 @@ def test_what_w_robust_is_tested_on_is_said(result):
 def test_tests_have_signs_and_verdicts(result):
     _, rows = paired_cells(result)
     assert rows[0][1:] == (
-        *("CW_inf", "1,000", "2", "+5.00", "−20.0 to 30.0"),
+        *("CW_inf", "1,000", "2", "+5.00", "2.3 to 7.7", "−20.0 to 30.0"),
         *("0.0025", "0.01", "better weights"),
     )
     assert result.num_tests == 1
@@ -375,7 +379,12 @@ def test_claims_beyond_the_evidence_are_refused(change, expected):
     ],
 )
 def test_verdicts(differences, p_value_holm, expected):
-    test = PairedTest(num_images=100, differences=differences, p_value=p_value_holm / 2)
+    test = PairedTest(
+        num_images=100,
+        differences=differences,
+        p_value=p_value_holm / 2,
+        over_images_95=(-1.0, 1.0),
+    )
     assert verdict_of(test, p_value_holm) == expected
 
 
