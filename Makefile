@@ -8,7 +8,7 @@ BIN := .venv/bin
 RUN ?= runs/cifar10-small
 
 .PHONY: help install install-dev demo test lint types contracts evidence evidence-soak \
-  evidence-cifar10 evidence-export evidence-methods evidence-fast evidence-darht gpu-check bench bench-verify \
+  evidence-cifar10 evidence-export evidence-methods evidence-fast evidence-darht gpu-check bench bench-verify bench-plan \
   cifar10-small clean
 
 help:
@@ -22,6 +22,7 @@ help:
 	@echo 'make evidence-fast CIFAR10=folder TEACHERS=folder   what a shorter run keeps'
 	@echo 'make bench     one step against the authors'"'"' manner, data, start-up, growth of cost'
 	@echo 'make bench-verify CIFAR10=folder TEACHERS=folder   AutoAttack, ours and theirs'
+	@echo 'make bench-plan CIFAR10=folder TEACHERS=folder   what plan predicts, and what runs take'
 	@echo 'make gpu-check on a machine with a GPU: tests, an engine, a benchmark -> gpu-check.md'
 	@echo 'make cifar10-small CIFAR10=folder TEACHERS=folder [RUN=folder]'
 
@@ -157,6 +158,11 @@ bench-verify: install-dev .venv/torchattacks
 	$(BIN)/python tests/bench/bench_verify.py --model '$(ROBUST_TEACHER)' --name robust-teacher \
 	  --data 'imagefolder:$(CIFAR10)' --images 100 --chunk 50 \
 	  --engines 'ours, fast' pyautoattack --write docs/results/bench-verify-teacher.md
+
+bench-plan: install-dev
+	$(NEEDS_CIFAR10)
+	$(BIN)/python -m tests.bench.bench_plan --data 'imagefolder:$(CIFAR10)' \
+	  --teachers '$(TEACHERS)' --write docs/results/plan.md
 
 gpu-check: install-dev
 	$(BIN)/python tests/device/gpu_check.py --write gpu-check.md
