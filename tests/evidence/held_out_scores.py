@@ -1,8 +1,10 @@
-"""How finished runs do on their held-out training images: what a method may be chosen by.
+"""How finished runs do on training images that they did not learn from: to choose a method by.
 
-Clean and under CW_inf, each run against the first one. The test images stay unseen.
+Clean and under CW_inf, each run against the first one, on the images that chose its epoch, or with
+`--unseen N` on that many others, class-balanced, which the run has not met at all; there must be so
+many beside its `data.training_size`. The test images stay untouched.
 
-    python tests/evidence/held_out_scores.py RUN RUN... --data imagefolder:FOLDER [--write FILE.md]
+    python tests/evidence/held_out_scores.py RUN RUN... --data imagefolder:FOLDER [--unseen 8000]
 """
 
 import argparse
@@ -13,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from compressor.attacks.build import evaluation_attacks
+from compressor.comparison.statistics import paired_test
 from compressor.data import TrainingSplit, evaluation_batches, load_training_data
 from compressor.folding import EvaluationView
 from compressor.networks import load_trained
-from compressor.paired_difference import PairedDrop
 from compressor.performance import Performance, resolve_performance
 from compressor.performance_settings import PerformanceSettings
 from compressor.recipe import Recipe
@@ -25,7 +27,7 @@ from compressor.reports.markdown import markdown_table
 from compressor.run_directory import RunDirectory, write_text_atomically
 
 BATCH_SIZE = 250
-HEADER = ("run", "n", "clean, %", "CW_inf, %", "mean", "CW_inf, drop from the first")
+HEADER = ("run", "n", "clean, %", "CW_inf, %", "mean", "CW_inf, gain on the first", "mean, gain")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,15 +40,21 @@ class Scores:
     def row(self, name: str, first: "Scores") -> list[str]:
         """As a line of the table."""
         clean, robust = (100 * float(t.double().mean()) for t in (self.clean_N, self.robust_N))
-        drop = PairedDrop(
-            num_newly_broken=int((first.robust_N & ~self.robust_N).sum()),
-            num_newly_fixed=int((self.robust_N & ~first.robust_N).sum()),
-            num_total=len(self.robust_N),
-        )
-        mean = (clean + robust) / 2
-        return [name, f"{len(self.clean_N):,}", *(f"{v:.1f}" for v in (clean, robust, mean))] + [
-            "-" if self is first else str(drop)
-        ]
+        cells = [name, f"{len(self.clean_N):,}"]
+        cells += [f"{value:.1f}" for value in (clean, robust, (clean + robust) / 2)]
+        if self is first:
+            return [*cells, "-", "-"]
+        pairs = [(self.robust_N, first.robust_N, 1)]
+        pairs += [(self.clean_N.int() + self.robust_N, first.clean_N.int() + first.robust_N, 2)]
+        return [*cells, *(_gain(*pair) for pair in pairs)]
+
+
+def _gain(ours_N: Tensor, theirs_N: Tensor, points_per_unit: int) -> str:
+    """In percentage points, with its 95 % interval over the images."""
+    ours, theirs = (tuple(points_N.int().tolist()) for points_N in (ours_N, theirs_N))
+    test = paired_test([ours], [theirs], points_per_unit=points_per_unit)
+    low, high = test.over_images_95
+    return f"{100 * test.mean:+.2f} ({100 * low:.2f} to {100 * high:.2f})"
 
 
 def main() -> None:
@@ -54,6 +62,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--data", required=True)
+    parser.add_argument("--unseen", type=int)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--write", type=Path)
     options = parser.parse_args()
@@ -64,19 +73,30 @@ def main() -> None:
     for path in options.runs:
         run = RunDirectory.open(path)
         recipe = load_recipe(run.resolved_recipe, [f"data.source={options.data}"])
-        data = load_training_data(
-            recipe.data, seed=recipe.seed, settings=settings, device=performance.device
-        )
-        if places not in {None, data.validation.index_sha256}:
+        images = held_out(recipe, options.unseen, settings)
+        if places not in {None, images.index_sha256}:
             parser.error(f"{path} holds out other images than the first run")
-        places = data.validation.index_sha256
+        places = images.index_sha256
         network, _ = load_trained(run)
-        scores = measure(network, data.validation, recipe, performance)
+        scores = measure(network, images, recipe, performance)
         first = first or scores
         rows.append(scores.row(path.name, first))
         print(*rows[-1], sep=" | ", flush=True)  # noqa: T201
     if options.write:
         write_text_atomically(options.write, markdown_table(HEADER, rows) + "\n")
+
+
+def held_out(
+    recipe: Recipe, num_unseen: int | None, settings: PerformanceSettings
+) -> TrainingSplit:
+    """The images that chose the epoch, or others that follow those of training in their order."""
+    device = torch.device("cpu")
+    data = load_training_data(recipe.data, seed=recipe.seed, settings=settings, device=device)
+    if num_unseen is None:
+        return data.validation
+    more = recipe.data.model_copy(update={"training_size": data.train.num_images + num_unseen})
+    larger = load_training_data(more, seed=recipe.seed, settings=settings, device=device).train
+    return larger.without(torch.isin(larger.index_N, data.train.index_N).nonzero()[:, 0])
 
 
 def measure(
