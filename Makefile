@@ -114,23 +114,23 @@ evidence-fast: install
 	$(call COMPARE,cifar10-fast,$(SHARED_ROBUST))
 
 # Robust teachers of three architectures, and two more of the first. Finished ones are kept.
-# A transformer learns nothing where it is attacked from the first step: its attack begins later.
+# No transformer: five such epochs without an attack brought vit_6_192 of width 0.5 to 46 % of clean
+# images, one more under attack to 26 % and 19 % of attacked ones (n = 5,000, held out).
 # All hold out the images of one split, whatever their seed, so that none has seen the images of
 # the ranking. Four epochs of small batches, and an attack that grows: the recipe's twelve take about
 # two hours each on a core.
-ROBUST_TEACHERS = resnet18:0.5:0:0.0 mobilenet_v2:1.0:0:0.0 vit_6_192:0.5:0:0.2 \
-  resnet18:0.5:1:0.0 resnet18:0.5:2:0.0
+ROBUST_TEACHERS = resnet18:0.5:0 mobilenet_v2:0.5:0 wide_resnet_22_6:0.3333:0 \
+  resnet18:0.5:1 resnet18:0.5:2
 
 evidence-darht: install
 	$(NEEDS_CIFAR10)
 	set -e; for teacher in $(ROBUST_TEACHERS); do \
-	  IFS=: read -r network width seed begins_at <<< $$teacher; run=runs/darht-teachers/$$network-seed$$seed; \
+	  IFS=: read -r network width seed <<< $$teacher; run=runs/darht-teachers/$$network-seed$$seed; \
 	  test -e $$run/model.safetensors && continue; \
 	  test -e $$run/recipe.resolved.json && again=--resume || again=; \
 	  $(BIN)/robust-compress teacher train examples/recipes/cifar10-teacher-robust.toml \
 	    --role robust --data 'imagefolder:$(CIFAR10)' --out $$run $$again --set seed=$$seed \
 	    --set student.architecture=$$network --set student.width=$$width \
-	    --set method.attack.begins_at=$$begins_at \
 	    --set data.split_seed=0 --set training.epochs=4 --set training.batch_size=64 \
 	    --set method.attack.first_num_steps=2; \
 	done
