@@ -5,6 +5,7 @@ This file is also the script of the processes.
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,6 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from filelock import FileLock
 from safetensors.torch import load_file
 
 from cli.output import print_error
@@ -283,10 +285,15 @@ def children_of(pid):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs")
-    (folder / "recipe.toml").write_text(RECIPE)
-    assert ended(start(folder, "--out", "undisturbed", "--nproc", "2"))[0] == 0
-    return folder
+    """With a run that nothing disturbed; trained once, and copied for each worker of the tests."""
+    base = tmp_path_factory.getbasetemp()
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "ranks-shared"
+    with FileLock(f"{shared}.lock"):
+        if not shared.exists():
+            shared.mkdir()
+            (shared / "recipe.toml").write_text(RECIPE)
+            assert ended(start(shared, "--out", "undisturbed", "--nproc", "2"))[0] == 0
+    return shutil.copytree(shared, tmp_path_factory.mktemp("runs") / "copy")
 
 
 def wait_for(condition, process):
