@@ -8,8 +8,8 @@ BIN := .venv/bin
 RUN ?= runs/cifar10-small
 
 .PHONY: help install install-dev demo test lint types contracts evidence evidence-soak \
-  evidence-cifar10 evidence-export evidence-methods evidence-fast evidence-darht gpu-check bench bench-verify bench-plan \
-  cifar10-small clean
+  evidence-cifar10 evidence-export evidence-methods evidence-fast evidence-darht \
+  gpu-check bench bench-verify bench-plan cifar10-small clean
 
 help:
 	@sed -n '2,3s/^#   //p' Makefile

@@ -120,7 +120,8 @@ def _over_images_95(differences: Sequence[int], *, points_per_unit: int) -> tupl
 
     Without these two, images that all agree would leave an interval of no width. For a difference
     of two proportions this is the adjusted Wald interval of Bonett and Price (Journal of
-    Educational and Behavioral Statistics 37, 2012); for sums over seeds it is ours.
+    Educational and Behavioral Statistics 37, 2012); for sums over seeds it is ours. `PairedDrop`
+    has a better one for proportions alone; points of several seeds, or of W-Robust, are none.
     """
     num = len(differences) + 2
     total = math.fsum(differences)

@@ -77,12 +77,19 @@ def size_of(folder: Path) -> int:
     return sum(sizes)
 
 
-def rows(recipe: str, predicted: dict[str, float], taken: Taken) -> list[tuple[str, ...]]:
-    pairs = {
+Pairs = dict[str, tuple[float, float]]
+"""Predicted and taken, by what it is and its unit."""
+
+
+def pairs_of(predicted: dict[str, float], taken: Taken) -> Pairs:
+    return {
         "time, s": (predicted["total_seconds"], taken.seconds),
         "memory, MiB": (predicted["peak_memory_bytes"] / MIB, taken.memory_bytes / MIB),
         "disk, MiB": (predicted["disk_bytes"] / MIB, taken.disk_bytes / MIB),
     }
+
+
+def rows(recipe: str, pairs: Pairs) -> list[tuple[str, ...]]:
     changed = ", ".join(RUNS[recipe])
     return [
         (recipe, changed, what, f"{a:,.1f}", f"{b:,.1f}", f"{b / a:.2f}")
@@ -97,7 +104,7 @@ def main() -> None:
     parser.add_argument("--recipes", nargs="+", choices=RUNS, default=list(RUNS))
     parser.add_argument("--write", type=Path)
     options = parser.parse_args()
-    lines = []
+    found: dict[str, Pairs] = {}
     for recipe in options.recipes:
         words = [f"examples/recipes/{recipe}.toml", "--data", options.data]
         for role in ("clean", "robust"):
@@ -107,7 +114,8 @@ def main() -> None:
             words += ["--set", change]
         with tempfile.TemporaryDirectory() as folder:
             predicted = predict(words)
-            lines += rows(recipe, predicted, take(words, Path(folder) / "run"))
+            found[recipe] = pairs_of(predicted, take(words, Path(folder) / "run"))
+    lines = [line for recipe, pairs in found.items() for line in rows(recipe, pairs)]
     environment = describe_environment(resolve_performance(PerformanceSettings()))
     command_line = typed_command(
         "tests.bench.bench_plan", options, left_out=("data", "teachers", "recipes")
@@ -129,8 +137,7 @@ def main() -> None:
     )
     sys.stdout.write(text + "\n")
     if options.write:
-        found = {"rows": [dict(zip(HEADER, line, strict=True)) for line in lines]}
-        table = found | {"environment": environment, "command": command_line}
+        table = {"runs": found, "environment": environment, "command": command_line}
         write_json_atomically(options.write.with_suffix(".json"), table)
         write_text_atomically(options.write, text + "\n")
 

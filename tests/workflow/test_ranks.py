@@ -289,7 +289,7 @@ def folder(tmp_path_factory):
     base = tmp_path_factory.getbasetemp()
     shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "ranks-shared"
     with FileLock(f"{shared}.lock"):
-        if not shared.exists():
+        if not (shared / "undisturbed" / "model.safetensors").exists():
             shared.mkdir()
             (shared / "recipe.toml").write_text(RECIPE)
             assert ended(start(shared, "--out", "undisturbed", "--nproc", "2"))[0] == 0
