@@ -17,11 +17,16 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # noqa: F401 (see below)
 from torch import Tensor, nn
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
 from compressor.errors import LostProcessError
+
+# Default arguments of `torch.distributed.nn` hold the process group that there is when it is first
+# imported, as `torch.optim` does. That group is never freed, and a thread of it that ends its last
+# work while the interpreter ends aborts the process. So it is imported while there is none.
 
 _Value = TypeVar("_Value")
 _PATIENCE = timedelta(minutes=30)

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -156,7 +157,9 @@ def main():
     with joined_ranks(torch.device("cpu"), purpose="test") as ranks:
         found = {name: take_steps(name, ranks) for name in METHODS}
         agreed = [ranks.largest(ranks.rank), ranks.sum_in_place(torch.ones(2)).tolist()]
-    Path(sys.argv[1]).joinpath(f"{ranks.rank}.json").write_text(json.dumps([found, agreed]))
+        group = weakref.ref(torch.distributed.group.WORLD)
+    told = json.dumps([found, agreed, group() is None])
+    Path(sys.argv[1]).joinpath(f"{ranks.rank}.json").write_text(told)
 
 
 # The part of the tests -------------------------------------------------------------------------
@@ -193,7 +196,7 @@ def of_two(tmp_path_factory):
 @pytest.mark.parametrize("name", METHODS)
 def test_two_processes_learn_what_one_learns(name, of_two):
     """In float64, so that nothing but the arithmetic is left."""
-    first, second = (found[name] for found, _ in of_two)
+    first, second = (found[name] for found, *_ in of_two)
     assert first == second  # to the last bit
     alone = json.loads(json.dumps(take_steps(name, Ranks())))
     for ours, theirs in zip(first["rows"], alone["rows"], strict=True):
@@ -204,7 +207,13 @@ def test_two_processes_learn_what_one_learns(name, of_two):
 
 @pytest.mark.workflow
 def test_ranks_agree(of_two):
-    assert [agreed for _, agreed in of_two] == [[1, [2.0, 2.0]]] * 2
+    assert [agreed for _, agreed, _ in of_two] == [[1, [2.0, 2.0]]] * 2
+
+
+@pytest.mark.workflow
+def test_no_thread_of_the_group_is_left(of_two):
+    """One that ends its work while the interpreter ends aborts a process that is done."""
+    assert [is_freed for _, _, is_freed in of_two] == [True, True]
 
 
 @pytest.mark.parametrize(("num_items", "num_ranks"), [(0, 3), (1, 3), (7, 2), (128, 3)])
