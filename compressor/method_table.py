@@ -60,6 +60,8 @@ class MethodTable(ClosedTable):
 class InnerAttackRecipe(ClosedTable):
     """Projected gradient descent inside training."""
 
+    step_size_of_epsilon: ClassVar[float] = 1 / 4
+    """Where the recipe gives none."""
     num_steps: Count = 10
     step_size_pixels: Pixels | None = None
     """None: a quarter of epsilon, as 2/255 is of 8/255."""
@@ -78,6 +80,10 @@ class InnerAttackRecipe(ClosedTable):
         """Whether it is not the same along the whole run."""
         return self.first_num_steps is not None or self.begins_at > 0
 
+    def resolved_step_size_pixels(self, epsilon_pixels: float) -> float:
+        """As given, or its part of epsilon."""
+        return self.step_size_pixels or self.step_size_of_epsilon * epsilon_pixels
+
     def problems(self, *, epsilon_pixels: float) -> list[str]:
         """Whether its steps reach the border of the ball, in words that begin with the key."""
         if self.first_num_steps is not None and self.first_num_steps > self.num_steps:
@@ -90,7 +96,7 @@ class InnerAttackRecipe(ClosedTable):
                 f"method.attack.begins_at {self.begins_at:g} leaves no time for the attack"
                 + ("" if self.first_num_steps is None else " to grow; it must be below full_from")
             ]
-        step_size_pixels = self.step_size_pixels or epsilon_pixels / 4
+        step_size_pixels = self.resolved_step_size_pixels(epsilon_pixels)
         reach = self.num_steps * step_size_pixels
         if reach >= epsilon_pixels:
             return []

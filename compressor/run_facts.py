@@ -7,7 +7,7 @@ from typing import Any
 from compressor.attacks.build import selection_attack
 from compressor.data import TrainingData
 from compressor.errors import CheckpointError
-from compressor.method_recipes import BMTARDRecipe, CIARDRecipe
+from compressor.method_recipes import BalancedRecipe
 from compressor.methods.build import resolve_temperature_rate
 from compressor.performance_settings import PerformanceSettings
 from compressor.ranks import launch_of_environment, num_ranks_of_environment
@@ -37,7 +37,7 @@ def run_facts(
         "selection_attack": f"PGD, {attack.num_steps} steps of {attack.step_size_pixels:.4g}",
         "teachers": [_teacher_facts(check) for check in checks],
     }
-    if isinstance(recipe.method, BMTARDRecipe | CIARDRecipe):
+    if isinstance(recipe.method, BalancedRecipe):
         rate = resolve_temperature_rate(recipe.method, num_steps=num_steps)
         facts["temperature_rate_per_step"] = rate
     if recipe.training.batch_norm == "own_images":  # else their number is a matter of speed

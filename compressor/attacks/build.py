@@ -17,11 +17,10 @@ _SELECTION_STEPS = 20
 def build_inner_attack(
     recipe: InnerAttackRecipe, *, threat: ThreatModel, objective: Objective
 ) -> PGD:
-    """The attack inside training; without a step size it is a quarter of epsilon."""
-    step_size_pixels = recipe.step_size_pixels or threat.epsilon_pixels / 4
+    """The attack inside training."""
     return PGD(
         threat=threat,
-        step_size_pixels=step_size_pixels,
+        step_size_pixels=recipe.resolved_step_size_pixels(threat.epsilon_pixels),
         num_steps=recipe.num_steps,
         start=recipe.start,
         objective=objective,

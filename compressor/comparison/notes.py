@@ -63,7 +63,7 @@ def _unequal_trainings(methods: Sequence[PlannedMethod]) -> list[str]:
 
 
 def _budget(attack: InnerAttackRecipe, *, epsilon_pixels: float) -> str:
-    size = round(attack.step_size_pixels or epsilon_pixels / 4, 9)
+    size = round(attack.resolved_step_size_pixels(epsilon_pixels), 9)
     said = f"{attack.num_steps} steps of {format_pixels(size)}"
     first = attack.first_num_steps
     if first is not None and first < attack.num_steps:

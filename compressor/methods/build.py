@@ -10,6 +10,7 @@ from compressor.losses import cross_entropy, kl_to_probabilities
 from compressor.method_recipes import (
     AdaADRecipe,
     ARDRecipe,
+    BalancedRecipe,
     BMTARDRecipe,
     CIARDRecipe,
     CrossEntropyRecipe,
@@ -19,6 +20,7 @@ from compressor.method_recipes import (
     MethodRecipe,
     MTARDRecipe,
     PGDATRecipe,
+    RCRecipe,
     RSLADRecipe,
 )
 from compressor.methods.adaad import AdaAD, disagreement
@@ -73,7 +75,7 @@ def _build(
 ) -> Method[Any]:
     if isinstance(recipe, _OneTeacherRecipe):
         return _build_with_one_teacher(recipe, threat=threat, teachers=teachers)
-    if isinstance(recipe, BMTARDRecipe):
+    if isinstance(recipe, BMTARDRecipe | RCRecipe):
         return BMTARD(
             teachers=TeacherSet.of(teachers),
             attack=build_inner_attack(recipe.attack, threat=threat, objective=cross_entropy),
@@ -158,7 +160,7 @@ def _refuse_mere_answers(recipe: MethodRecipe, teachers: Sequence[Teacher]) -> N
             teacher.require_network(f"method {recipe.name!r} takes gradients through it")
 
 
-def resolve_temperature_rate(recipe: BMTARDRecipe | CIARDRecipe, *, num_steps: int) -> float:
+def resolve_temperature_rate(recipe: BalancedRecipe, *, num_steps: int) -> float:
     """The step of the temperatures in a run of `num_steps` steps.
 
     The authors climb from 1 to 10 in 9,000 of 117,300 steps. A run with fewer steps takes

@@ -25,10 +25,11 @@ METHODS = {
     "distillation": {},
     "iad": {"attack": ATTACK},
     "mtard": {"attack": ATTACK},
+    "rc": {"attack": ATTACK | {"first_num_steps": 1}},
     "rslad": {"attack": ATTACK},
 }
 WITHOUT_TEACHERS = {"cross_entropy", "pgd_at", "trades"}
-ROLES = {"bmtard": 2, "ciard": 2, "darht": 2, "mtard": 2}
+ROLES = {"bmtard": 2, "ciard": 2, "darht": 2, "mtard": 2, "rc": 2}
 CASES = [(name, failing) for name in METHODS for failing in range(ROLES.get(name, 1))]
 
 

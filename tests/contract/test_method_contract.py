@@ -45,6 +45,7 @@ METHODS = {
     "iad": {"name": "iad", "attack": ATTACK, "begin_fraction": 0.5},
     "mtard": {"name": "mtard", "attack": ATTACK, "relative_loss_exponent": 2.0},
     "pgd_at": {"name": "pgd_at", "attack": {"num_steps": 2, "step_size_pixels": "8/255"}},
+    "rc": {"name": "rc", "attack": {"num_steps": 3}},
     "rslad": {"name": "rslad", "attack": ATTACK},
     "trades": {"name": "trades", "attack": {"num_steps": 2, "step_size_pixels": "8/255"}},
 }
@@ -59,6 +60,7 @@ ROLES = {
     "distillation": ["clean"],
     "iad": ["robust"],
     "mtard": ["clean", "robust"],
+    "rc": ["clean", "robust"],
     "rslad": ["robust"],
 }
 SETTINGS = PerformanceSettings(

@@ -28,6 +28,8 @@ from compressor.method_recipes import (
     MethodRecipe,
     MTARDRecipe,
     PGDATRecipe,
+    RCAttackRecipe,
+    RCRecipe,
     RSLADRecipe,
     TRADESRecipe,
 )
@@ -105,6 +107,11 @@ CASES = {
         table=MTARDRecipe(attack=ATTACK), roles=("clean", "robust"), events=ADVERSARIAL_FIRST
     ),
     "pgd_at": Case(table=PGDATRecipe(attack=ATTACK), events=["attack", "adversarial"]),
+    "rc": Case(
+        table=RCRecipe(attack=RCAttackRecipe(num_steps=2, first_num_steps=None)),
+        roles=("clean", "robust"),
+        events=ADVERSARIAL_FIRST,
+    ),
     "rslad": Case(table=RSLADRecipe(attack=ATTACK), roles=("robust",), events=ADVERSARIAL_FIRST),
     "trades": Case(table=TRADESRecipe(attack=ATTACK), events=["attack", "clean", "adversarial"]),
 }

@@ -81,6 +81,20 @@ SLIPS = (
         becomes="exponent=1.0",
     ),
     Slip(
+        method="rc",
+        what="the last attack's step, in place of the same reach",
+        file="methods/growing.py",
+        was="step_size_pixels=reach_pixels / num_steps",
+        becomes="step_size_pixels=full.step_size_pixels",
+    ),
+    Slip(
+        method="rc",
+        what="all steps one phase too early",
+        file="methods/growing.py",
+        was="for place, num_steps in enumerate(fewer)",
+        becomes="for place, num_steps in enumerate(range(first_num_steps + 1, full.num_steps + 1))",
+    ),
+    Slip(
         method="ciard",
         what="pushed from what the clean teacher gets right",
         file="methods/ciard.py",

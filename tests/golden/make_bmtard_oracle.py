@@ -17,7 +17,7 @@ from compressor.architectures.tiny import build_tiny
 NUM_STEPS = 20
 NUM_IMAGES = 16
 NUM_CLASSES = 4
-EPSILON, STEP_SIZE, ATTACK_STEPS = 8 / 255, 2 / 255, 10
+EPSILON = 8 / 255
 TEMPERATURE_RATE, WEIGHT_RATE = 0.03, 0.025
 LOWEST, HIGHEST = 1.0, 1.35  # low enough to be reached
 LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 0.05, 0.9, 2e-4
@@ -63,14 +63,14 @@ def make_batch(step):
     return images, labels, noise
 
 
-def attack(student, images, labels, noise):
+def attack(student, images, labels, noise, *, num_steps=10, step_size=2 / 255):
     student.eval()
     adversarial = images + 0.001 * noise
-    for _ in range(ATTACK_STEPS):
+    for _ in range(num_steps):
         adversarial = adversarial.detach().requires_grad_()
         loss = torch.nn.CrossEntropyLoss()(student(adversarial), labels)
         slope = torch.autograd.grad(loss, [adversarial])[0]
-        adversarial = adversarial.detach() + STEP_SIZE * torch.sign(slope)
+        adversarial = adversarial.detach() + step_size * torch.sign(slope)
         adversarial = torch.min(torch.max(adversarial, images - EPSILON), images + EPSILON)
         adversarial = torch.clamp(adversarial, 0.0, 1.0)
     student.train()
@@ -100,7 +100,8 @@ def shares(relative_robust, relative_clean):
     return robust / (robust + clean), clean / (robust + clean)
 
 
-def run_oracle():
+def run_oracle(strength_of=lambda step: {}):
+    """Rows of numbers, one for each step; `strength_of` it has the settings of its attack."""
     student = make_student()
     robust_teacher, clean_teacher = make_teachers()
     velocity = [torch.zeros_like(p) for p in student.parameters()]
@@ -113,7 +114,7 @@ def run_oracle():
         images, labels, noise = make_batch(step)
 
         student.train()
-        adversarial = attack(student, images, labels, noise)
+        adversarial = attack(student, images, labels, noise, **strength_of(step))
         student_robust = student(adversarial)
         with torch.no_grad():
             target_robust = soften(robust_teacher(adversarial), temperature_robust)

@@ -1,4 +1,4 @@
-"""B-MTARD against twenty pinned steps of an oracle that shares no code with it."""
+"""B-MTARD against twenty pinned steps of an oracle that shares no code with it, and rc too."""
 
 import dataclasses
 import json
@@ -13,8 +13,10 @@ from compressor.attacks import pgd
 from compressor.attacks.build import build_inner_attack
 from compressor.data import Batch
 from compressor.losses import cross_entropy
+from compressor.method_recipes import RCRecipe
 from compressor.method_table import InnerAttackRecipe
 from compressor.methods.bmtard import BMTARD
+from compressor.methods.build import build_method
 from compressor.methods.protocol import Moment
 from compressor.methods.teacher_set import TeacherSet
 from compressor.performance import Performance
@@ -27,17 +29,21 @@ STEPS = json.loads((HERE / "bmtard_float64.json").read_text())["steps"]
 PERFORMANCE = Performance(device=torch.device("cpu"))
 
 
-def make_method(dtype=torch.float64):
+THREAT = ThreatModel(epsilon_pixels=ORACLE.EPSILON)
+
+
+def make_teachers(dtype):
     robust, clean = (teacher.to(dtype) for teacher in ORACLE.make_teachers())
-    threat = ThreatModel(epsilon_pixels=ORACLE.EPSILON)
+    return [
+        SimpleNamespace(role=role, identity=role, logits=torch.no_grad()(network))
+        for role, network in (("clean", clean), ("robust", robust))
+    ]
+
+
+def make_method(dtype=torch.float64):
     return BMTARD(
-        teachers=TeacherSet.of(
-            [
-                SimpleNamespace(role=role, identity=role, logits=torch.no_grad()(network))
-                for role, network in (("clean", clean), ("robust", robust))
-            ]
-        ),
-        attack=build_inner_attack(InnerAttackRecipe(), threat=threat, objective=cross_entropy),
+        teachers=TeacherSet.of(make_teachers(dtype)),
+        attack=build_inner_attack(InnerAttackRecipe(), threat=THREAT, objective=cross_entropy),
         loss_scale=1 / ORACLE.NUM_CLASSES,
         temperature_rate=ORACLE.TEMPERATURE_RATE,
         temperature_bounds=(ORACLE.LOWEST, ORACLE.HIGHEST),
@@ -53,8 +59,12 @@ def make_batch(step, dtype=torch.float64):
 
 @pytest.fixture(scope="module")
 def steps():
+    return take_steps(make_method())
+
+
+def take_steps(method):
     """The same numbers as in the oracle's rows, from our code and torch's SGD."""
-    student, method, rows = Student(ORACLE.make_student(), PERFORMANCE), make_method(), []
+    student, rows = Student(ORACLE.make_student(), PERFORMANCE), []
     optimizer = torch.optim.SGD(
         student.network.parameters(),
         lr=ORACLE.LEARNING_RATE,
@@ -64,10 +74,11 @@ def steps():
     state = method.initial_state()
     for step in range(ORACLE.NUM_STEPS):
         factor = ORACLE.DECAY if step >= ORACLE.DECAY_FROM_STEP else 1.0
+        moment = Moment(rate_factor=factor, fraction=step / ORACLE.NUM_STEPS)
         batch, noise = make_batch(step)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(pgd, "normal", lambda keys_N, *, stream, shape, noise=noise: noise)
-            result, state = method.step(student, batch, state, Moment(rate_factor=factor))
+            result, state = method.step(student, batch, state, moment)
         optimizer.param_groups[0]["lr"] = ORACLE.LEARNING_RATE * factor
         optimizer.zero_grad()
         result.loss.backward()
@@ -130,3 +141,24 @@ def test_bmtard_float32_one_step_on_the_same_adversarial_batch():
     for name in ("loss_nats", "robust_loss_nats", "clean_loss_nats", "robust_weight_fraction"):
         assert result.logged[name] == pytest.approx(STEPS[0][name], rel=0, abs=1e-5)
     assert state.temperatures[1] == STEPS[0]["next_clean_temperature"]
+
+
+def growing_strength(step):
+    """Two steps in the first eight of twenty, three in the next, four in the last fifth."""
+    num_steps = 2 if step < 8 else 3 if step < 16 else 4
+    return {"num_steps": num_steps, "step_size": 12 / 255 / num_steps}
+
+
+def test_rc_float64_equals_the_oracle_with_an_attack_that_grows():
+    recipe = RCRecipe(
+        loss_scale=1 / ORACLE.NUM_CLASSES,
+        temperature_rate=ORACLE.TEMPERATURE_RATE,
+        max_temperature=ORACLE.HIGHEST,
+        weight_rate=ORACLE.WEIGHT_RATE,
+    )
+    teachers = make_teachers(torch.float64)
+    method = build_method(recipe, threat=THREAT, teachers=teachers, num_steps=ORACLE.NUM_STEPS)
+    theirs = ORACLE.run_oracle(growing_strength)
+    for row, their_row in zip(take_steps(method), theirs, strict=True):
+        assert {name: row[name] for name in their_row} == pytest.approx(their_row, rel=0, abs=1e-9)
+    assert abs(theirs[-1]["robust_loss_nats"] - STEPS[-1]["robust_loss_nats"]) > 1e-4

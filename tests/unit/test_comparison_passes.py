@@ -27,6 +27,11 @@ TABLE = {
     "trades": ({"attack": ATTACK}, [], passes(STEPS + 3, STEPS + 2)),
     "bmtard": ({"attack": ATTACK}, [CLEAN, ROBUST], passes(STEPS + 2, STEPS + 2, 2)),
     "mtard": ({"attack": ATTACK}, [CLEAN, ROBUST], passes(STEPS + 2, STEPS + 2, 2)),
+    "rc": (
+        {"attack": ATTACK | {"first_num_steps": STEPS}},
+        [CLEAN, ROBUST],
+        passes(STEPS + 2, STEPS + 2, 2),
+    ),
     "distillation": ({}, [ROBUST], passes(1, 1, 1)),
     "ard": ({"attack": ATTACK}, [ROBUST], passes(STEPS + 1, STEPS + 1, 1)),
     "rslad": ({"attack": ATTACK}, [ROBUST], passes(STEPS + 2, STEPS + 2, 1)),

@@ -68,6 +68,7 @@ METHODS = {
     "iad": ("robust",),
     "mtard": BOTH,
     "pgd_at": (),
+    "rc": BOTH,
     "rslad": ("robust",),
     "trades": (),
 }
