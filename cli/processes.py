@@ -5,11 +5,14 @@ with an error has said why, and ends the others for good.
 """
 
 import logging
+import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Sequence
+from multiprocessing.connection import Connection
 
 from compressor.errors import (
     ExitCode,
@@ -31,6 +34,13 @@ _LOUD = (
     "torch.distributed.elastic.agent.server.api",
     "torch.multiprocessing.spawn",
 )
+LOADED_ONCE = (
+    "compressor.training_workflow",
+    "compressor.verification_workflow",
+    "torch._dynamo",  # torch's optimisers load it
+)
+"""By one process, of which those that work are forks. None of it may ask for a GPU: a fork of a
+process that has done so can use none."""
 
 
 def run_in_processes(num_processes: int, *, num_restarts: int) -> int:
@@ -78,23 +88,34 @@ def _launch(num_processes: int) -> tuple[int, int]:
         rdzv_endpoint="localhost:0",
         max_restarts=0,  # it would also start again what ended with an error
         monitor_interval=0.1,
-        start_method="spawn",
+        start_method="forkserver",
     )
+    multiprocessing.set_forkserver_preload(list(LOADED_ONCE))
+    theirs, ours = multiprocessing.Pipe(duplex=False)
     try:
-        elastic_launch(config, call_main)(without_option(sys.argv[1:]))
+        elastic_launch(config, call_main)(without_option(sys.argv[1:]), theirs)
     except SignalException as caught:
         is_term = caught.sigval == signal.SIGTERM
         return 0, int(ExitCode.TERMINATED if is_term else ExitCode.INTERRUPTED)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         return rank, failure.exitcode
+    finally:
+        theirs.close()
+        ours.close()
     return 0, 0
 
 
-def call_main(arguments: Sequence[str]) -> None:
-    """In each of the processes: the command; a process that does not end well ends at once."""
+def call_main(arguments: Sequence[str], launcher: Connection) -> None:
+    """In each of the processes: the command; a process that does not end well ends at once.
+
+    Args:
+        arguments: of its command line.
+        launcher: on which nothing comes, until the launcher is gone, however it ended.
+    """
     from cli.main import main
 
+    threading.Thread(target=_stop_without, args=[launcher], daemon=True).start()
     sys.argv = ["robust-compress", *arguments]
     try:
         main()
@@ -104,6 +125,12 @@ def call_main(arguments: Sequence[str]) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)  # or the launcher would wait for the others, who wait for this one
+
+
+def _stop_without(launcher: Connection) -> None:
+    """As at Ctrl-C: no one is left to start this process again, or to end it with the others."""
+    launcher.poll(None)
+    os.kill(os.getpid(), signal.SIGINT)
 
 
 def has_to_speak(error: RobustCompressError) -> bool:

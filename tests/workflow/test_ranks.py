@@ -181,16 +181,32 @@ def free_port():
         return found.getsockname()[1]
 
 
+def made_once(tmp_path_factory, name, make):
+    """A folder that `make` fills for all workers of the tests."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "made").exists():
+            folder.mkdir()
+            make(folder)
+            (folder / "made").touch()
+    return folder
+
+
 @pytest.fixture(scope="module")
 def of_two(tmp_path_factory):
     """What each of two processes found."""
-    folder, port = tmp_path_factory.mktemp("two"), free_port()
+    folder = made_once(tmp_path_factory, "ranks-found", find_with_two)
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+def find_with_two(folder):
+    port = free_port()
     processes = [
         subprocess.Popen([sys.executable, __file__, folder], env=environment(rank, port=port))
         for rank in range(2)
     ]
     assert [process.wait(timeout=120) for process in processes] == [0, 0]
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
 @pytest.mark.workflow
@@ -296,14 +312,13 @@ def children_of(pid):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """With a run that nothing disturbed; trained once, and copied for each worker of the tests."""
-    base = tmp_path_factory.getbasetemp()
-    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "ranks-shared"
-    with FileLock(f"{shared}.lock"):
-        if not (shared / "undisturbed" / "model.safetensors").exists():
-            shared.mkdir()
-            (shared / "recipe.toml").write_text(RECIPE)
-            assert ended(start(shared, "--out", "undisturbed", "--nproc", "2"))[0] == 0
+    shared = made_once(tmp_path_factory, "ranks-trained", train_with_two)
     return shutil.copytree(shared, tmp_path_factory.mktemp("runs") / "copy")
+
+
+def train_with_two(folder):
+    (folder / "recipe.toml").write_text(RECIPE)
+    assert ended(start(folder, "--out", "undisturbed", "--nproc", "2"))[0] == 0
 
 
 def wait_for(condition, process):
@@ -323,8 +338,8 @@ def test_a_killed_process_brings_the_run_back_from_its_checkpoint(folder):
     run = folder / "killed"
     process = start(folder, "--out", "killed", "--nproc", "2")
     wait_for(lambda: len(checkpoints_of(run)) > 1, process)
-    workers = [pid for pid in children_of(process.pid) if "spawn_main" in command_of(pid)]
-    os.kill(workers[-1], signal.SIGKILL)
+    (loader,) = [pid for pid in children_of(process.pid) if "forkserver" in command_of(pid)]
+    os.kill(children_of(loader)[-1], signal.SIGKILL)
     code, out = ended(process)
     assert code == 0, out
     last = Path("checkpoints", checkpoints_of(run)[-1])
@@ -422,6 +437,24 @@ def last_of(run):
     return load_file(newest / "network.safetensors"), best
 
 
+LOADING = """
+import importlib, torch
+from unittest.mock import patch
+from cli.processes import LOADED_ONCE
+
+ways = "torch._C._cuda_getDeviceCount", "torch.cuda._device_count_nvml", "torch.cuda._lazy_init"
+asked = [patch(way).start() for way in ways]
+for name in LOADED_ONCE:
+    importlib.import_module(name)
+assert not any(way.called for way in asked), asked
+"""
+
+
+def test_what_is_loaded_once_asks_for_no_gpu():
+    """A fork of a process that has asked for one can use none; also where there is none."""
+    subprocess.run([sys.executable, "-c", LOADING], env=environment(), check=True)
+
+
 @pytest.mark.workflow
 def test_the_trainer_learns_on_two_what_it_learns_on_one(tmp_path):
     """Without an attack, so that rounding in float32 turns no sign."""
@@ -502,7 +535,7 @@ def test_verification_finds_the_same_of_every_image(folder):
 
 @pytest.mark.workflow
 def test_no_process_loses_what_it_has_finished(folder):
-    """Each has one chunk; both are interrupted in the middle of it."""
+    """Each has one chunk; in the middle of it they lose who launched them, and end too."""
     options = ["--attacks", "apgd_ce,square", "--samples", "50", "--batch-size", "25"]
     command = [*COMMAND[:-1], "verify", "undisturbed", *options, "--nproc", "2"]
     process = subprocess.Popen(
@@ -519,8 +552,9 @@ def test_no_process_loses_what_it_has_finished(folder):
         return sorted((folder / "undisturbed").glob(".verification-*.jsonl"))
 
     wait_for(lambda: len(journals()) == 2 and all(map(has_outcomes, journals())), process)
-    os.killpg(process.pid, signal.SIGKILL)
-    ended(process)
+    os.kill(process.pid, signal.SIGKILL)
+    _, out = ended(process)  # as soon as no one can print any more
+    assert "interrupted; what is finished is kept" in out
     kept = {outcome for path in journals() for outcome in outcomes_of(path)}
     assert {chunk for chunk, _ in kept} == {0, 1}
     report, _ = verify(request_of(folder / "undisturbed", "apgd_ce", "square", batch_size=25))
